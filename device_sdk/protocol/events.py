@@ -1,0 +1,108 @@
+"""Events: what happened on a device, each with an id, so that posting one twice is posting it once."""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from device_sdk.protocol import fields, limits
+from device_sdk.protocol.errors import ProtocolError
+from device_sdk.protocol.names import ReleasePath
+from device_sdk.protocol.polls import check_runs
+
+# A model's lifecycle on the device, in the words of the transition table.
+WAITING, DOWNLOADING, VERIFYING, TESTING = "waiting", "downloading", "verifying", "testing"
+ACTIVATING, PROBATION, COMMITTED = "activating", "probation", "committed"
+FAILED, ROLLED_BACK = "failed", "rolled_back"
+REFUSED = "refused"  # a view or file that trust refused; `reason` is the error's code
+HEALTH = "health"  # periodic counters of a model: calls, errors, invalid
+KINDS = frozenset(
+    {WAITING, DOWNLOADING, VERIFYING, TESTING, ACTIVATING, PROBATION, COMMITTED, FAILED, ROLLED_BACK, REFUSED, HEALTH}
+)
+DETAIL_KEYS = 32
+
+_ID = re.compile(r"[0-9a-f]{32}")
+
+
+@dataclass(frozen=True, slots=True)
+class Event:
+    """`at` in unix seconds by the device's clock; `release` None where the event is about no release."""
+
+    id: str
+    at: float
+    kind: str
+    model: str = ""
+    release: ReleasePath | None = None
+    rollout: str = ""
+    reason: str = ""
+    detail: Mapping[str, float | str] = field(default_factory=dict)
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "id": self.id,
+            "at": self.at,
+            "kind": self.kind,
+            "model": self.model,
+            "release": str(self.release) if self.release else None,
+            "rollout": self.rollout,
+            "reason": self.reason[: limits.REASON_CHARS],
+            "detail": dict(self.detail),
+        }
+
+    @classmethod
+    def parse(cls, value: object) -> "Event":
+        item = fields.as_object(value, "event")
+        identifier = fields.take_text(item, "id", limit=32)
+        if not _ID.fullmatch(identifier):
+            raise ProtocolError("malformed", f"id: expected 32 hex digits; got {identifier!r:.80}")
+        kind = fields.take_text(item, "kind", limit=32)
+        if kind not in KINDS:
+            raise ProtocolError("unknown_kind", f"kind: expected one of {sorted(KINDS)}; got {kind!r:.80}")
+        return cls(
+            id=identifier,
+            at=fields.take_number(item, "at", low=0, high=2**40),
+            kind=kind,
+            model=fields.take_text(item, "model", limit=64, default=""),
+            release=None if item.get("release") is None else ReleasePath.parse(item["release"]),
+            rollout=fields.take_text(item, "rollout", limit=64, default=""),
+            reason=fields.take_text(item, "reason", limit=limits.REASON_CHARS, default=""),
+            detail=_detail(item),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class EventPost:
+    """One post: new events, what the device runs now, and what it had to drop since the last accepted post."""
+
+    events: tuple[Event, ...]
+    runs: Mapping[str, str]
+    sdk: str
+    dropped: int = 0
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "events": [event.to_json() for event in self.events],
+            "runs": dict(self.runs),
+            "sdk": self.sdk,
+            "dropped": self.dropped,
+        }
+
+    @classmethod
+    def parse(cls, data: bytes) -> "EventPost":
+        item = fields.parse_object(data, limit=limits.EVENT_BODY, what="events")
+        return cls(
+            events=tuple(Event.parse(e) for e in fields.take_list(item, "events", limit=limits.EVENTS_PER_POST)),
+            runs=check_runs(item.get("runs")),
+            sdk=fields.take_text(item, "sdk", limit=32, default=""),
+            dropped=fields.take_int(item, "dropped", high=2**40, default=0),
+        )
+
+
+def _detail(item: fields.Json) -> dict[str, float | str]:
+    detail = fields.as_object(item.get("detail", {}), "detail")
+    if len(detail) > DETAIL_KEYS:
+        raise ProtocolError("malformed", f"detail: expected at most {DETAIL_KEYS} keys; got {len(detail)}")
+    for key, value in detail.items():
+        if len(key) > 64 or not (isinstance(value, (int, float)) or (isinstance(value, str) and len(value) <= 200)):
+            raise ProtocolError("malformed", f"detail: expected short text or numbers; got {key!r:.64}: {value!r:.60}")
+    return detail

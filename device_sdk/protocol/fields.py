@@ -1,0 +1,80 @@
+"""Take checked values out of parsed JSON. Each taker names the field, what was expected and what came."""
+
+import json
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from device_sdk.protocol.errors import ProtocolError
+
+Json = Mapping[str, Any]
+
+
+def parse_object(data: bytes | str, *, limit: int, what: str) -> dict[str, Any]:
+    """Parse a JSON object of at most `limit` bytes. NaN and infinities are not JSON and are refused."""
+    if len(data) > limit:
+        raise ProtocolError("too_large", f"{what}: expected at most {limit} bytes; got {len(data)}")
+    try:
+        value = json.loads(data, parse_constant=_refuse_constant)
+    except (ValueError, RecursionError) as error:
+        raise ProtocolError("malformed", f"{what}: expected a JSON object; {error}") from error
+    return as_object(value, what)
+
+
+def canonical(value: object) -> bytes:
+    """One byte string for one value: sorted keys, no spaces, ASCII. What hashes are taken over."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False).encode("ascii")
+
+
+def as_object(value: object, what: str) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise ProtocolError("malformed", f"{what}: expected an object; got {type(value).__name__}")
+    return value
+
+
+def take_object(source: Json, name: str) -> dict[str, Any]:
+    return as_object(source.get(name), name)
+
+
+def take_list(source: Json, name: str, *, limit: int) -> list[Any]:
+    value = source.get(name)
+    if not isinstance(value, list) or len(value) > limit:
+        raise ProtocolError("malformed", f"{name}: expected a list of at most {limit}; got {_shown(value)}")
+    return value
+
+
+def take_text(source: Json, name: str, *, limit: int, default: str | None = None) -> str:
+    value = source.get(name, default)
+    if not isinstance(value, str) or len(value) > limit:
+        raise ProtocolError("malformed", f"{name}: expected text of at most {limit} characters; got {_shown(value)}")
+    return value
+
+
+def take_int(source: Json, name: str, *, low: int = 0, high: int, default: int | None = None) -> int:
+    value = source.get(name, default)
+    if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
+        raise ProtocolError("malformed", f"{name}: expected a whole number from {low} to {high}; got {_shown(value)}")
+    return value
+
+
+def take_number(source: Json, name: str, *, low: float, high: float, default: float | None = None) -> float:
+    value = source.get(name, default)
+    good = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    if not good or not low <= value <= high:  # type: ignore[operator]
+        raise ProtocolError("malformed", f"{name}: expected a number from {low} to {high}; got {_shown(value)}")
+    return float(value)  # type: ignore[arg-type]
+
+
+def take_bool(source: Json, name: str, *, default: bool = False) -> bool:
+    value = source.get(name, default)
+    if not isinstance(value, bool):
+        raise ProtocolError("malformed", f"{name}: expected true or false; got {_shown(value)}")
+    return value
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is not JSON")
+
+
+def _shown(value: object) -> str:
+    return f"{type(value).__name__} {value!r:.60}"

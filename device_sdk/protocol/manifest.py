@@ -1,0 +1,147 @@
+"""The manifest: the signed description of one variant, and the TUF target that CI's signature covers.
+
+Everything else hangs on it by sha256: a release is often `model.onnx` with `model.onnx.data`.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from hashlib import sha256
+from typing import Any
+
+from device_sdk.protocol import fields, limits
+from device_sdk.protocol.errors import ProtocolError
+from device_sdk.protocol.names import ReleasePath, check_file_name, check_sha256
+
+FORMAT = 1
+
+
+@dataclass(frozen=True, slots=True)
+class FileEntry:
+    """One file of a variant. `length` in bytes."""
+
+    name: str
+    length: int
+    sha256: str
+
+    @classmethod
+    def parse(cls, value: object) -> "FileEntry":
+        item = fields.as_object(value, "file")
+        return cls(
+            name=check_file_name(item.get("name")),
+            length=fields.take_int(item, "length", high=limits.ARTIFACT),
+            sha256=check_sha256(item.get("sha256")),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class TensorSpec:
+    """An input or output. `shape` holds a size, a symbolic name, or None where unknown."""
+
+    name: str
+    dtype: str
+    shape: tuple[int | str | None, ...]
+
+    @classmethod
+    def parse(cls, value: object) -> "TensorSpec":
+        item = fields.as_object(value, "tensor")
+        shape = fields.take_list(item, "shape", limit=limits.RANK)
+        for size in shape:
+            if size is not None and not isinstance(size, (int, str)):
+                raise ProtocolError("malformed", f"shape: expected sizes, names or null; got {size!r:.60}")
+        return cls(
+            name=fields.take_text(item, "name", limit=256),
+            dtype=fields.take_text(item, "dtype", limit=32),
+            shape=tuple(shape),
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        return {"name": self.name, "dtype": self.dtype, "shape": list(self.shape)}
+
+
+@dataclass(frozen=True, slots=True)
+class Requirements:
+    """Floors below which a device cannot run the variant. Empty text and 0 mean: no floor."""
+
+    sdk: str = ""
+    runtime: str = ""
+    opset: int = 0
+    memory: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Manifest:
+    path: ReleasePath
+    files: tuple[FileEntry, ...]
+    entry: str
+    inputs: tuple[TensorSpec, ...] = ()
+    outputs: tuple[TensorSpec, ...] = ()
+    requires: Requirements = field(default_factory=Requirements)
+    metadata: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def length(self) -> int:
+        return sum(file.length for file in self.files)
+
+    def to_bytes(self) -> bytes:
+        """The exact bytes that are hashed, signed and stored."""
+        return fields.canonical(
+            {
+                "format": FORMAT,
+                "model": self.path.model,
+                "version": self.path.version,
+                "variant": self.path.variant,
+                "files": [{"name": f.name, "length": f.length, "sha256": f.sha256} for f in self.files],
+                "entry": self.entry,
+                "inputs": [spec.to_json() for spec in self.inputs],
+                "outputs": [spec.to_json() for spec in self.outputs],
+                "requires": {
+                    "sdk": self.requires.sdk,
+                    "runtime": self.requires.runtime,
+                    "opset": self.requires.opset,
+                    "memory": self.requires.memory,
+                },
+                "metadata": dict(self.metadata),
+            }
+        )
+
+    @classmethod
+    def parse(cls, data: bytes) -> "Manifest":
+        source = fields.parse_object(data, limit=limits.MANIFEST, what="manifest")
+        fields.take_int(source, "format", low=FORMAT, high=FORMAT)
+        files = tuple(FileEntry.parse(f) for f in fields.take_list(source, "files", limit=limits.FILES_PER_VARIANT))
+        entry = check_file_name(source.get("entry"))
+        names = [file.name for file in files]
+        if len(set(names)) != len(names):
+            raise ProtocolError("malformed", "files: each name may stand once")
+        if entry not in names:
+            raise ProtocolError("malformed", f"entry: expected one of the files; got {entry!r}")
+        requires = fields.take_object(source, "requires")
+        return cls(
+            path=ReleasePath.parse(f"{source.get('model')}/{source.get('version')}/{source.get('variant')}"),
+            files=files,
+            entry=entry,
+            inputs=_specs(source, "inputs"),
+            outputs=_specs(source, "outputs"),
+            requires=Requirements(
+                sdk=fields.take_text(requires, "sdk", limit=32, default=""),
+                runtime=fields.take_text(requires, "runtime", limit=32, default=""),
+                opset=fields.take_int(requires, "opset", high=10_000, default=0),
+                memory=fields.take_int(requires, "memory", high=2**50, default=0),
+            ),
+            metadata=_metadata(source),
+        )
+
+
+def digest(data: bytes) -> str:
+    return sha256(data).hexdigest()
+
+
+def _specs(source: fields.Json, name: str) -> tuple[TensorSpec, ...]:
+    return tuple(TensorSpec.parse(item) for item in fields.take_list(source, name, limit=limits.TENSORS))
+
+
+def _metadata(source: fields.Json) -> dict[str, str]:
+    raw = fields.as_object(source.get("metadata", {}), "metadata")
+    if len(raw) > 64:
+        raise ProtocolError("malformed", f"metadata: expected at most 64 entries; got {len(raw)}")
+    return {key: fields.take_text(raw, key, limit=2_000) for key in raw}

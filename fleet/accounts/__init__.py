@@ -1,0 +1,1 @@
+"""Who may call: API tokens with scope and expiry, and the operator roles."""

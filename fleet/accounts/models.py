@@ -1,0 +1,21 @@
+"""API tokens: knox stores and hashes them; scope and models are ours."""
+
+from typing import ClassVar
+
+from django.db import models
+from knox.models import AbstractAuthToken
+
+PUBLISH, OPERATE, READ = "publish", "operate", "read"
+SCOPES = (PUBLISH, OPERATE, READ)
+
+
+class ApiToken(AbstractAuthToken):
+    """`scopes` says what it may do, `models` (names; empty: all) for which models it may publish."""
+
+    name = models.CharField(max_length=100)
+    scopes = models.JSONField(default=list)
+    models_allowed = models.JSONField(default=list, blank=True)
+
+    class Meta:
+        ordering: ClassVar = ["-created"]
+        verbose_name = "API token"

@@ -1,0 +1,1 @@
+"""The HTTP border: device, CI and operator endpoints. It has no models."""

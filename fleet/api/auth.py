@@ -1,0 +1,44 @@
+"""Who calls: people by session, CI and operators by API token. Devices have their own credential, see `devices`."""
+
+from typing import Any
+
+from knox.auth import TokenAuthentication
+from rest_framework.permissions import BasePermission, DjangoModelPermissions
+from rest_framework.request import Request
+from rest_framework.views import APIView
+
+from fleet.accounts.models import OPERATE, PUBLISH, READ, ApiToken
+
+
+class ApiTokenAuthentication(TokenAuthentication):
+    """`Authorization: Bearer flt_…`, hashed and expiring by knox."""
+
+    def authenticate_header(self, request: Request) -> str:
+        return "Bearer"
+
+
+class ModelPermissions(DjangoModelPermissions):
+    """Django's permissions for the user, reading included, and the token's scope where there is a token."""
+
+    perms_map = {**DjangoModelPermissions.perms_map, "GET": ["%(app_label)s.view_%(model_name)s"]}
+
+    def has_permission(self, request: Request, view: APIView) -> bool:
+        needed = READ if request.method in {"GET", "HEAD", "OPTIONS"} else OPERATE
+        return _in_scope(request.auth, {needed, OPERATE}) and super().has_permission(request, view)
+
+
+class MayPublish(BasePermission):
+    """A token with the scope `publish`; whether it covers the model is checked by `covers`."""
+
+    message = "this needs an API token with the scope 'publish'"
+
+    def has_permission(self, request: Request, view: APIView) -> bool:
+        return isinstance(request.auth, ApiToken) and _in_scope(request.auth, {PUBLISH})
+
+
+def covers(token: Any, model: str) -> bool:
+    return not token.models_allowed or model in token.models_allowed
+
+
+def _in_scope(token: Any, scopes: set[str]) -> bool:
+    return not isinstance(token, ApiToken) or bool(scopes & set(token.scopes))

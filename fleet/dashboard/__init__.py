@@ -1,0 +1,1 @@
+"""What operators look at. It has no models of its own."""

@@ -1,0 +1,1 @@
+"""Campaigns ask for samples; batches bring them; data sets keep them."""

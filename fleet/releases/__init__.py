@@ -1,0 +1,1 @@
+"""Models, releases, variants and artifacts; object storage and validation."""

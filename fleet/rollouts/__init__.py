@@ -1,0 +1,1 @@
+"""Rollouts and their stages. `policy` decides, purely; `services` changes states; the tick joins them."""

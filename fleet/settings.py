@@ -1,0 +1,212 @@
+"""Every setting of the server, from the environment (twelve-factor). The README's table is generated from here.
+
+The embedded default needs nothing: SQLite, local objects, a broker of files, all under `FLEET_VAR`.
+"""
+
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+from celery.schedules import crontab
+from environs import Env
+
+env = Env()
+BASE_DIR = Path(__file__).resolve().parent.parent
+
+VAR: Path = env.path("FLEET_VAR", BASE_DIR / "var")  # where the embedded default keeps all it writes
+DEBUG: bool = env.bool("FLEET_DEBUG", False)
+# The fixed key is for the embedded default only; `fleet.E001` refuses it in production.
+DEMO_SECRET = "demonstration-only-" + "0" * 40
+SECRET_KEY: str = env.str("FLEET_SECRET_KEY", DEMO_SECRET)
+PRODUCTION: bool = env.bool("FLEET_PRODUCTION", False)  # turns warnings about demonstration keys into errors
+PUBLIC_URL: str = env.str("FLEET_PUBLIC_URL", "http://127.0.0.1:8000").rstrip("/")  # as devices and CI reach it
+ALLOWED_HOSTS: list[str] = env.list("FLEET_ALLOWED_HOSTS", ["127.0.0.1", "localhost", "[::1]"])
+CSRF_TRUSTED_ORIGINS: list[str] = env.list("FLEET_CSRF_TRUSTED_ORIGINS", [PUBLIC_URL])
+
+# --- trust -------------------------------------------------------------------------------------------------------
+# securesystemslib URI of the online key (file2:, and whatever KMS or HSM scheme it knows), and its public half.
+ONLINE_KEY_URI: str = env.str("FLEET_ONLINE_KEY_URI", f"file2:{VAR / 'keystore' / 'online.pem'}")
+ONLINE_KEY_PUBLIC: Path = env.path("FLEET_ONLINE_KEY_PUBLIC", VAR / "keystore" / "online.pub.json")
+# Secrets that key the macs of device credentials, newest first: `<id>:<hex>`. The first one signs, all verify.
+DEVICE_SECRETS: list[str] = env.list("FLEET_DEVICE_SECRETS", ["demo:" + "00" * 32])
+VIEW_LIFETIME = timedelta(hours=24)
+VIEW_RENEW_BEFORE = timedelta(hours=12)
+
+# --- devices -----------------------------------------------------------------------------------------------------
+POLL_INTERVAL: float = env.float("FLEET_POLL_INTERVAL", 300.0)  # seconds between polls, told to every device
+LAST_SEEN_FLUSH: float = env.float("FLEET_LAST_SEEN_FLUSH", 1.0)  # seconds that last-seen marks wait in memory
+
+# --- uploads and validation --------------------------------------------------------------------------------------
+MAX_ARTIFACT_BYTES: int = env.int("FLEET_MAX_ARTIFACT_BYTES", 4 * 1024**3)
+VALIDATION_SECONDS: int = env.int("FLEET_VALIDATION_SECONDS", 120)
+VALIDATION_MEMORY: int = env.int("FLEET_VALIDATION_MEMORY", 4 * 1024**3)  # bytes of address space for the loader
+PRESIGNED_SECONDS: int = env.int("FLEET_PRESIGNED_SECONDS", 900)
+BATCH_RETENTION_DAYS: int = env.int("FLEET_BATCH_RETENTION_DAYS", 30)  # raw batches; data sets are kept
+# Ticks, in seconds. The rollout tick also bounds how late a guard can halt.
+TICK_SECONDS: float = env.float("FLEET_TICK_SECONDS", 5.0)
+SWEEP_SECONDS: float = env.float("FLEET_SWEEP_SECONDS", 30.0)
+
+# --- storage -----------------------------------------------------------------------------------------------------
+DATABASES = {"default": env.dj_db_url("FLEET_DATABASE_URL", f"sqlite:///{VAR / 'fleet.sqlite3'}", conn_max_age=60)}
+if DATABASES["default"]["ENGINE"].endswith("sqlite3"):
+    DATABASES["default"]["OPTIONS"] = {
+        "init_command": "PRAGMA journal_mode=WAL; PRAGMA synchronous=NORMAL; PRAGMA busy_timeout=20000;",
+        "transaction_mode": "IMMEDIATE",
+        "timeout": 20,
+    }
+DEFAULT_AUTO_FIELD = "django.db.models.BigAutoField"
+
+S3_BUCKET: str = env.str("FLEET_S3_BUCKET", "")  # set it and objects live in S3; else in a local folder
+_OBJECTS: dict[str, Any] = {
+    "BACKEND": "django.core.files.storage.FileSystemStorage",
+    "OPTIONS": {"location": str(VAR / "objects"), "allow_overwrite": True},
+}
+if S3_BUCKET:
+    _OBJECTS = {
+        "BACKEND": "storages.backends.s3.S3Storage",
+        "OPTIONS": {
+            "bucket_name": S3_BUCKET,
+            "endpoint_url": env.str("FLEET_S3_ENDPOINT", None),
+            "access_key": env.str("FLEET_S3_ACCESS_KEY", None),
+            "secret_key": env.str("FLEET_S3_SECRET_KEY", None),
+            "region_name": env.str("FLEET_S3_REGION", "us-east-1"),
+            "addressing_style": env.str("FLEET_S3_ADDRESSING", "path"),
+            "signature_version": "s3v4",
+            "file_overwrite": True,
+            "querystring_expire": PRESIGNED_SECONDS,
+        },
+    }
+INCOMING = VAR / "incoming"  # partial uploads, on this machine's disk
+STORAGES = {
+    "default": _OBJECTS,
+    "objects": _OBJECTS,
+    "staticfiles": {"BACKEND": "whitenoise.storage.CompressedStaticFilesStorage"},
+}
+STATIC_URL = "static/"
+STATIC_ROOT = VAR / "static"
+
+# --- shared cache and queue --------------------------------------------------------------------------------------
+REDIS_URL: str = env.str("FLEET_REDIS_URL", "")  # set it and broker and cache are Redis
+CACHES: dict[str, Any] = {
+    "default": (
+        {"BACKEND": "django.core.cache.backends.redis.RedisCache", "LOCATION": REDIS_URL}
+        if REDIS_URL
+        else {"BACKEND": "django.core.cache.backends.locmem.LocMemCache"}
+    )
+}
+CELERY_BROKER_URL = REDIS_URL or "filesystem://"
+if not REDIS_URL:
+    _QUEUE = VAR / "queue"
+    CELERY_BROKER_TRANSPORT_OPTIONS = {
+        "data_folder_in": str(_QUEUE),
+        "data_folder_out": str(_QUEUE),
+        "control_folder": str(VAR / "queue-control"),
+    }
+CELERY_TASK_IGNORE_RESULT = True
+CELERY_TASK_ACKS_LATE = True
+CELERY_TASK_TIME_LIMIT = 1800
+CELERY_BROKER_CONNECTION_RETRY_ON_STARTUP = True
+CELERY_WORKER_HIJACK_ROOT_LOGGER = False
+CELERY_BEAT_SCHEDULE_FILENAME = str(VAR / "beat-schedule")
+CELERY_BEAT_SCHEDULE = {
+    "rollouts-tick": {"task": "fleet.rollouts.tasks.tick", "schedule": TICK_SECONDS},
+    "validate-sweep": {"task": "fleet.releases.tasks.sweep", "schedule": SWEEP_SECONDS},
+    "feedback-sweep": {"task": "fleet.feedback.tasks.sweep", "schedule": SWEEP_SECONDS},
+    "feedback-retention": {"task": "fleet.feedback.tasks.retention", "schedule": crontab(hour="4", minute="30")},
+    "spread-history": {"task": "fleet.devices.tasks.record_spread", "schedule": SWEEP_SECONDS},
+}
+
+# --- Django ------------------------------------------------------------------------------------------------------
+INSTALLED_APPS = [
+    "unfold",
+    "unfold.contrib.filters",
+    "django.contrib.admin",
+    "django.contrib.auth",
+    "django.contrib.contenttypes",
+    "django.contrib.sessions",
+    "django.contrib.messages",
+    "django.contrib.staticfiles",
+    "rest_framework",
+    "knox",
+    "django_filters",
+    "drf_spectacular",
+    "drf_spectacular_sidecar",
+    "django_structlog",
+    "django_prometheus",
+    "fleet.accounts",
+    "fleet.devices",
+    "fleet.releases",
+    "fleet.trust",
+    "fleet.rollouts",
+    "fleet.feedback",
+    "fleet.dashboard",
+    "fleet.api",
+]
+MIDDLEWARE = [
+    "django.middleware.security.SecurityMiddleware",
+    "whitenoise.middleware.WhiteNoiseMiddleware",
+    "django.contrib.sessions.middleware.SessionMiddleware",
+    "django.middleware.common.CommonMiddleware",
+    "django.middleware.csrf.CsrfViewMiddleware",
+    "django.contrib.auth.middleware.AuthenticationMiddleware",
+    "django.contrib.messages.middleware.MessageMiddleware",
+    "django.middleware.clickjacking.XFrameOptionsMiddleware",
+]
+ROOT_URLCONF = "fleet.urls"
+WSGI_APPLICATION = "fleet.wsgi.application"
+TEMPLATES = [
+    {
+        "BACKEND": "django.template.backends.django.DjangoTemplates",
+        "APP_DIRS": True,
+        "OPTIONS": {
+            "context_processors": [
+                "django.template.context_processors.request",
+                "django.contrib.auth.context_processors.auth",
+                "django.contrib.messages.context_processors.messages",
+            ],
+        },
+    },
+]
+AUTH_PASSWORD_VALIDATORS = [
+    {"NAME": "django.contrib.auth.password_validation.MinimumLengthValidator", "OPTIONS": {"min_length": 10}},
+    {"NAME": "django.contrib.auth.password_validation.CommonPasswordValidator"},
+]
+USE_TZ = True
+TIME_ZONE = env.str("FLEET_TIME_ZONE", "UTC")
+LANGUAGE_CODE = "en-gb"
+LOGIN_URL = "admin:login"
+
+BEHIND_TLS: bool = env.bool("FLEET_BEHIND_TLS", PRODUCTION)  # cookies, HSTS, and the proxy's scheme header
+if BEHIND_TLS:
+    SECURE_PROXY_SSL_HEADER = ("HTTP_X_FORWARDED_PROTO", "https")
+    SECURE_SSL_REDIRECT = True
+    SECURE_HSTS_SECONDS = 31_536_000
+    SECURE_HSTS_INCLUDE_SUBDOMAINS = True
+    SECURE_HSTS_PRELOAD = True
+    SESSION_COOKIE_SECURE = True
+    CSRF_COOKIE_SECURE = True
+
+REST_FRAMEWORK = {
+    "DEFAULT_AUTHENTICATION_CLASSES": [
+        "rest_framework.authentication.SessionAuthentication",
+        "fleet.api.auth.ApiTokenAuthentication",
+    ],
+    "DEFAULT_PERMISSION_CLASSES": ["fleet.api.auth.ModelPermissions"],
+    "DEFAULT_SCHEMA_CLASS": "drf_spectacular.openapi.AutoSchema",
+    "DEFAULT_FILTER_BACKENDS": ["django_filters.rest_framework.DjangoFilterBackend"],
+    "DEFAULT_PAGINATION_CLASS": "rest_framework.pagination.LimitOffsetPagination",
+    "DEFAULT_RENDERER_CLASSES": ["rest_framework.renderers.JSONRenderer"],
+    "PAGE_SIZE": 100,
+    "EXCEPTION_HANDLER": "fleet.api.errors.handle",
+}
+KNOX_TOKEN_MODEL = "accounts.ApiToken"
+REST_KNOX = {"TOKEN_PREFIX": "flt_", "AUTH_HEADER_PREFIX": "Bearer", "TOKEN_TTL": timedelta(days=90), "AUTO_REFRESH": False}
+SPECTACULAR_SETTINGS = {
+    "TITLE": "Fleet",
+    "DESCRIPTION": "Model releases, rollouts and feedback for devices.",
+    "VERSION": "1",
+    "SERVE_INCLUDE_SCHEMA": False,
+    "SWAGGER_UI_DIST": "SIDECAR",
+    "SWAGGER_UI_FAVICON_HREF": "SIDECAR",
+    "REDOC_DIST": "SIDECAR",
+}
