@@ -1,11 +1,11 @@
-"""Settings for tests that run inside Django's test runner: one process, tasks run at once, nothing outside a temporary folder."""
+"""Settings for tests inside one process: tasks run at once, nothing is written outside a temporary folder."""
 
 import os
 import tempfile
 
 os.environ.setdefault("FLEET_VAR", tempfile.mkdtemp(prefix="fleet-test-"))
 
-from fleet.settings import *  # noqa: E402, F403
+from fleet.settings import *  # noqa: F403
 
 CELERY_TASK_ALWAYS_EAGER = True
 CELERY_TASK_EAGER_PROPAGATES = True

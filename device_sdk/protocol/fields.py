@@ -60,9 +60,9 @@ def take_int(source: Json, name: str, *, low: int = 0, high: int, default: int |
 def take_number(source: Json, name: str, *, low: float, high: float, default: float | None = None) -> float:
     value = source.get(name, default)
     good = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-    if not good or not low <= value <= high:  # type: ignore[operator]
+    if not good or not low <= value <= high:
         raise ProtocolError("malformed", f"{name}: expected a number from {low} to {high}; got {_shown(value)}")
-    return float(value)  # type: ignore[arg-type]
+    return float(value)
 
 
 def take_bool(source: Json, name: str, *, default: bool = False) -> bool:

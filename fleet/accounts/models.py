@@ -9,7 +9,7 @@ PUBLISH, OPERATE, READ = "publish", "operate", "read"
 SCOPES = (PUBLISH, OPERATE, READ)
 
 
-class ApiToken(AbstractAuthToken):
+class ApiToken(AbstractAuthToken):  # type: ignore[misc]  # knox ships no types
     """`scopes` says what it may do, `models` (names; empty: all) for which models it may publish."""
 
     name = models.CharField(max_length=100)

@@ -10,7 +10,7 @@ from rest_framework.views import APIView
 from fleet.accounts.models import OPERATE, PUBLISH, READ, ApiToken
 
 
-class ApiTokenAuthentication(TokenAuthentication):
+class ApiTokenAuthentication(TokenAuthentication):  # type: ignore[misc]  # knox ships no types
     """`Authorization: Bearer flt_…`, hashed and expiring by knox."""
 
     def authenticate_header(self, request: Request) -> str:

@@ -11,7 +11,7 @@ from django.core.files.storage import FileSystemStorage, Storage, storages
 
 
 def store() -> Storage:
-    return cast(Storage, storages["objects"])
+    return storages["objects"]
 
 
 def blob_name(sha256: str) -> str:
@@ -28,7 +28,7 @@ def put(name: str, content: IO[bytes]) -> None:
 
 
 def open_object(name: str) -> IO[bytes]:
-    return cast(IO[bytes], store().open(name, "rb"))
+    return cast("IO[bytes]", store().open(name, "rb"))
 
 
 def exists(name: str) -> bool:
@@ -54,7 +54,7 @@ def presigned_get(name: str) -> str:
 
 def presigned_put(name: str) -> str:
     """A URL that lets its bearer write one object for a while. S3 only."""
-    storage = cast(Any, store())
+    storage = cast("Any", store())
     client = storage.connection.meta.client
     parameters = {"Bucket": storage.bucket_name, "Key": name}
     return str(client.generate_presigned_url("put_object", Params=parameters, ExpiresIn=settings.PRESIGNED_SECONDS))
