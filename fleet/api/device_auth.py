@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from functools import wraps
-from typing import Concatenate, ParamSpec
+from typing import Any
 
 from django.http import HttpRequest, JsonResponse
 from django.http.response import HttpResponseBase
@@ -11,20 +11,17 @@ from django.views.decorators.csrf import csrf_exempt
 from device_sdk.protocol.errors import ProtocolError
 from fleet.api.errors import body, json_error
 from fleet.devices import services
-from fleet.devices.models import Device
 from fleet.errors import FleetError, TooLarge
 
-P = ParamSpec("P")
-View = Callable[Concatenate[HttpRequest, P], HttpResponseBase]
-DeviceView = Callable[Concatenate[HttpRequest, Device, P], HttpResponseBase]
+View = Callable[..., HttpResponseBase]
 
 
-def open_view(view: View[P]) -> View[P]:
+def open_view(view: View) -> View:
     """A view for machines without a credential yet: no CSRF, and refusals in the API's shape."""
 
     @csrf_exempt
     @wraps(view)
-    def wrapped(request: HttpRequest, *args: P.args, **kwargs: P.kwargs) -> HttpResponseBase:
+    def wrapped(request: HttpRequest, *args: Any, **kwargs: Any) -> HttpResponseBase:
         try:
             return view(request, *args, **kwargs)
         except (FleetError, ProtocolError) as error:
@@ -33,25 +30,25 @@ def open_view(view: View[P]) -> View[P]:
     return wrapped
 
 
-def device_view(view: DeviceView[P]) -> View[P]:
+def device_view(view: View) -> View:
     """The same for devices: authenticates, and calls `view(request, device, ...)`."""
 
     @open_view
     @wraps(view)
-    def wrapped(request: HttpRequest, *args: P.args, **kwargs: P.kwargs) -> HttpResponseBase:
+    def wrapped(request: HttpRequest, *args: Any, **kwargs: Any) -> HttpResponseBase:
         device = services.authenticate(request.headers.get("Authorization"))
         return view(request, device, *args, **kwargs)
 
     return wrapped
 
 
-def allow(*methods: str) -> Callable[[View[P]], View[P]]:
+def allow(*methods: str) -> Callable[[View], View]:
     """Refuse other methods in the API's shape; goes outermost, so that it also spares the credential check."""
 
-    def decorate(view: View[P]) -> View[P]:
+    def decorate(view: View) -> View:
         @csrf_exempt
         @wraps(view)
-        def wrapped(request: HttpRequest, *args: P.args, **kwargs: P.kwargs) -> HttpResponseBase:
+        def wrapped(request: HttpRequest, *args: Any, **kwargs: Any) -> HttpResponseBase:
             if request.method in methods:
                 return view(request, *args, **kwargs)
             refusal = body("method_not_allowed", f"expected {' or '.join(methods)}; got {request.method}")

@@ -65,7 +65,8 @@ def view_key(device: Device) -> str:
 
 def check_view_key(device: Device, key: str) -> bool:
     expected = [_mac(secret, VIEW, device.pk, device.epoch) for secret in secrets().values()]
-    return any([hmac.compare_digest(good.encode(), key.encode("utf-8", "replace")) for good in expected])
+    given = key.encode("utf-8", "replace")
+    return any(hmac.compare_digest(good.encode(), given) for good in expected)
 
 
 def _mac(secret: bytes, purpose: str, device: int, epoch: int) -> str:
