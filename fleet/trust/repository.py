@@ -80,8 +80,11 @@ def build_targets(*, director: Key, expires: datetime) -> Targets:
 def delegate(targets: Targets, *, model: str, keys: Sequence[Key], threshold: int) -> None:
     """Let `keys` say which releases of `model` may run. Replaces what was delegated for it before."""
     check_model(model)
-    if not 1 <= threshold <= len({key.keyid for key in keys}):
-        raise Invalid("wrong_threshold", f"threshold: expected 1 to {len(keys)} (the keys given); got {threshold}")
+    distinct = len({str(key.to_dict()["keyval"]) for key in keys})  # one key under two ids must not count twice
+    if not 1 <= threshold <= distinct:
+        raise Invalid("wrong_threshold", f"threshold: expected 1 to {distinct} (the keys given); got {threshold}")
+    if distinct != len({key.keyid for key in keys}):
+        raise Invalid("same_key_twice", "keys: expected different keys under different ids")
     roles = _delegated_roles(targets)
     for keyid in list(roles[model].keyids) if model in roles else []:
         targets.revoke_key(keyid, model)

@@ -60,5 +60,7 @@ class Command(BaseCommand):
         signer = CryptoSigner.generate_ed25519()
         path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
         keystore.write_private(path, signer.private_bytes)
-        self.stdout.write(f"CI's private key for {name}: {path}. Put it into CI's secrets; the server does not need it.")
+        self.stdout.write(
+            f"CI's private key for {name}: {path}. Put it into CI's secrets; the server does not need it."
+        )
         return [signer.public_key]
