@@ -21,11 +21,11 @@ from device_sdk.protocol.polls import EnrolRequest, check_labels, running_digest
 from fleet.devices import credentials, selectors
 from fleet.devices.models import Device, DeviceEvent, EnrolmentToken, ModelStatus, RunningSet, SpreadSample
 from fleet.devices.seen import flush_seen, mark_seen
-from fleet.errors import Conflict, Denied, Invalid, NotFound, Unauthorized
+from fleet.errors import Conflict, Denied, Invalid, Unauthorized
 
 __all__ = ["flush_seen", "mark_seen"]
 
-TOKEN_PREFIX = "fle_"  # tells people and secret scanners what they have found
+TOKEN_PREFIX = "fle_"  # noqa: S105  # not a secret: tells people and secret scanners what they have found
 BELIEVABLE = timedelta(days=30)  # how far back a device's clock is taken at its word
 FULL_DETAIL = timedelta(days=2)  # of the spread; older samples are thinned to one an hour
 SPREAD_KEPT = timedelta(days=400)
