@@ -1,13 +1,15 @@
 """Who calls: people by session, CI and operators by API token. Devices have their own credential, see `devices`."""
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from knox.auth import TokenAuthentication
 from rest_framework.permissions import BasePermission, DjangoModelPermissions
 from rest_framework.request import Request
-from rest_framework.views import APIView
 
 from fleet.accounts.models import OPERATE, PUBLISH, READ, ApiToken
+
+if TYPE_CHECKING:
+    from rest_framework.views import APIView  # which itself imports this module, by the settings
 
 
 class ApiTokenAuthentication(TokenAuthentication):  # type: ignore[misc]  # knox ships no types
@@ -22,7 +24,7 @@ class ModelPermissions(DjangoModelPermissions):
 
     perms_map = {**DjangoModelPermissions.perms_map, "GET": ["%(app_label)s.view_%(model_name)s"]}
 
-    def has_permission(self, request: Request, view: APIView) -> bool:
+    def has_permission(self, request: Request, view: "APIView") -> bool:
         needed = READ if request.method in {"GET", "HEAD", "OPTIONS"} else OPERATE
         return _in_scope(request.auth, {needed, OPERATE}) and super().has_permission(request, view)
 
@@ -32,7 +34,7 @@ class MayPublish(BasePermission):
 
     message = "this needs an API token with the scope 'publish'"
 
-    def has_permission(self, request: Request, view: APIView) -> bool:
+    def has_permission(self, request: Request, view: "APIView") -> bool:
         return isinstance(request.auth, ApiToken) and _in_scope(request.auth, {PUBLISH})
 
 
