@@ -154,7 +154,7 @@ def _named(data: bytes, member: str) -> Array:
 
 
 def tensor(data: bytes) -> Array:
-    """Read one `.npy` of plain numbers, of version 1.0, which is what numpy writes for them. A view: nothing is copied."""
+    """Read one `.npy` of plain numbers, of version 1.0, which is what numpy writes for them. Nothing is copied."""
     start = len(_MAGIC) + 2 + int.from_bytes(data[8:10], "little")
     if not data.startswith(_MAGIC) or not len(_MAGIC) + 2 < start <= min(_HEADER, len(data)):
         raise Invalid("bad_tensor", "expected a .npy file of version 1.0")

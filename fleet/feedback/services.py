@@ -5,16 +5,16 @@ step here can be cut off at any point and done again. What is not a batch is rej
 """
 
 import hashlib
-import logging
 import os
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from datetime import date, datetime, timedelta
+from datetime import datetime, timedelta
 from pathlib import Path
 from typing import IO, Any
 from uuid import uuid4
 
+import structlog
 from django.conf import settings
 from django.core.exceptions import ValidationError
 from django.db import IntegrityError, transaction
@@ -29,7 +29,7 @@ from fleet.feedback.models import Batch, Campaign, DatasetPart
 from fleet.releases import storage
 from fleet.releases.models import Model
 
-log = logging.getLogger(__name__)
+logger = structlog.get_logger(__name__)
 
 CHUNK = 1024 * 1024
 COMPACT_BYTES = 128 * 1024 * 1024  # of batches that one run holds in memory; about the size of the parts it makes
@@ -41,14 +41,14 @@ State = Batch.State
 
 
 # --- upload ----------------------------------------------------------------------------------------------------------
-def announce(*, device: Device, head: BatchHead) -> Batch:
-    """Note that a batch will come. Announcing it again returns it as it is; another batch under its id is refused."""
+def announce(*, device: Device, head: BatchHead) -> tuple[Batch, bool]:
+    """Note that a batch will come; return it, and whether it is new. Another batch under its id is refused."""
     model = _model_of(device, head.model)
     campaign = Campaign.objects.filter(name=head.campaign, model=model).first() if head.campaign else None
     fields = {"device": device, "model": model, "sha256": head.sha256, "length": head.length, "samples": head.samples}
     try:
         with transaction.atomic():
-            batch, _ = Batch.objects.get_or_create(
+            batch, created = Batch.objects.get_or_create(
                 batch_id=head.id, defaults={**fields, "dropped": head.dropped, "campaign": campaign}
             )
     except IntegrityError as error:
@@ -56,7 +56,7 @@ def announce(*, device: Device, head: BatchHead) -> Batch:
     if any(getattr(batch, name) != value for name, value in fields.items()):
         raise Conflict("batch_exists", f"batch {head.id} exists with other content or from another device")
     Batch.objects.filter(pk=batch.pk, state=State.ANNOUNCED).update(announced_at=timezone.now())
-    return batch
+    return batch, created
 
 
 def find(*, device: Device, batch_id: str) -> Batch:
@@ -71,14 +71,8 @@ def receive_content(*, batch: Batch, content: IO[bytes]) -> None:
     """Store what was uploaded through the server, if it is what was announced. `content` is read to its end or cap."""
     if batch.state != State.ANNOUNCED:
         return  # it has come before
-    settings.INCOMING.mkdir(parents=True, exist_ok=True)
-    descriptor, name = tempfile.mkstemp(prefix=_PREFIX, dir=settings.INCOMING)
-    try:
-        with os.fdopen(descriptor, "wb") as file:
-            _copy_exactly(batch, content, file)
-        storage.put_file(storage.batch_name(batch.sha256), Path(name))
-    finally:
-        Path(name).unlink(missing_ok=True)
+    with _storing(storage.batch_name(batch.sha256)) as file:
+        _copy_exactly(batch, content, file)
 
 
 def complete(*, batch: Batch) -> Batch:
@@ -111,6 +105,21 @@ def _copy_exactly(batch: Batch, content: IO[bytes], file: IO[bytes]) -> None:
         digest.update(chunk)
         file.write(chunk)
     _check_hash(batch, digest.hexdigest(), length)
+
+
+@contextmanager
+def _storing(name: str) -> Iterator[IO[bytes]]:
+    """A file of this machine that becomes the object `name` when the block ends well, and nothing when it does not."""
+    settings.INCOMING.mkdir(parents=True, exist_ok=True)
+    descriptor, partial = tempfile.mkstemp(prefix=_PREFIX, dir=settings.INCOMING)
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        storage.put_file(name, Path(partial))
+    finally:
+        Path(partial).unlink(missing_ok=True)
 
 
 def _check_stored(batch: Batch) -> None:
@@ -157,7 +166,7 @@ def compact_due() -> list[DatasetPart]:
         try:
             parts += compact(model=model)
         except Exception:
-            log.exception("the batches of %s cannot be compacted now", model.name)
+            logger.exception("compaction_failed", model=model.name)
     return parts
 
 
@@ -183,7 +192,7 @@ def _compact(batches: list[Batch], skipped: set[int]) -> list[DatasetPart]:
             if (read := _read_or_reject(batch)) is not None:
                 cells[batch] = read
         except Exception:  # object storage is away, or a fault of ours: the others must not wait for this one
-            log.exception("batch %s cannot be read now", batch.batch_id)
+            logger.exception("batch_unreadable", batch=batch.batch_id)
             skipped.add(batch.pk)
     written = [(part, *_write(part)) for part in datasets.merge(cells.values())]
     return _record(list(cells), written)
@@ -191,7 +200,7 @@ def _compact(batches: list[Batch], skipped: set[int]) -> list[DatasetPart]:
 
 def _claim(model: Model, skipped: set[int]) -> list[Batch]:
     now, claim, total = timezone.now(), uuid4().hex, 0
-    pks = []
+    pks: list[int] = []
     waiting = selectors.compactable(now).filter(model=model).exclude(pk__in=skipped).values_list("pk", "length")
     for pk, length in waiting[:COMPACT_BATCHES]:
         total += length
@@ -217,7 +226,7 @@ def _read_or_reject(batch: Batch) -> Mapping[datasets.Cell, list[datasets.Row]] 
     except Invalid as error:
         reason = f"{error.code}: {error.message}"[:1000]
         if Batch.objects.filter(pk=batch.pk, state=State.RECEIVED).update(state=State.REJECTED, reason=reason):
-            log.warning("batch %s of device %s rejected: %s", batch.batch_id, batch.device.name, reason)
+            logger.warning("batch_rejected", batch=batch.batch_id, device=batch.device.name, reason=reason)
         return None
 
 
@@ -240,16 +249,8 @@ def _read(batch: Batch) -> Mapping[datasets.Cell, list[datasets.Row]]:
 
 def _write(part: datasets.Part) -> tuple[int, int]:
     """Store a part; return its rows and bytes."""
-    settings.INCOMING.mkdir(parents=True, exist_ok=True)
-    descriptor, name = tempfile.mkstemp(prefix=_PREFIX, dir=settings.INCOMING)
-    try:
-        with os.fdopen(descriptor, "wb") as file:
-            rows = part.write(file)
-            length = file.tell()
-        storage.put_file(part.path, Path(name))
-    finally:
-        Path(name).unlink(missing_ok=True)
-    return rows, length
+    with _storing(part.path) as file:
+        return part.write(file), file.tell()
 
 
 def _record(batches: list[Batch], written: list[tuple[datasets.Part, int, int]]) -> list[DatasetPart]:
@@ -284,7 +285,7 @@ def expire() -> int:
             count += 1
     _sweep_incoming(before)
     if count:
-        log.info("%d announced batches never came and are forgotten", count)
+        logger.info("announced_batches_expired", count=count)
     return count
 
 
