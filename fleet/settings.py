@@ -51,6 +51,8 @@ VALIDATION_SECONDS: int = env.int("FLEET_VALIDATION_SECONDS", 120)  # in which a
 VALIDATION_MEMORY: int = env.int("FLEET_VALIDATION_MEMORY", 4 * 1024**3)  # bytes of address space for the loader
 PRESIGNED_SECONDS: int = env.int("FLEET_PRESIGNED_SECONDS", 900)  # that a presigned URL is good for
 BATCH_RETENTION_DAYS: int = env.int("FLEET_BATCH_RETENTION_DAYS", 30)  # raw batches; data sets are kept
+# Received batches wait this long for company, so that data sets get few, large files. 0: the next sweep takes them.
+COMPACT_SECONDS: float = env.float("FLEET_COMPACT_SECONDS", 0.0)
 TICK_SECONDS: float = env.float("FLEET_TICK_SECONDS", 5.0)  # between looks at rollouts: how late a guard can halt
 SWEEP_SECONDS: float = env.float("FLEET_SWEEP_SECONDS", 30.0)  # between searches for work that was left undone
 
