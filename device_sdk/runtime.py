@@ -275,15 +275,13 @@ class Model:
         return loaded.path, results
 
 
-def load(
-    manifest: Manifest, *, sha256: str, entry: bytes | Path, directory: Path | None, options: RuntimeOptions
-) -> Loaded:
+def load(manifest: Manifest, *, sha256: str, entry: bytes | Path, options: RuntimeOptions) -> Loaded:
     """Make a session of a verified release and prove that it answers as its manifest says. Raises ModelError.
 
-    `entry`: the verified bytes of the model file, or its path; `directory` holds its external data.
+    `entry`: the verified bytes of the model file, or its path where external data lies beside it.
     """
     _warn_of_old_runtime()
-    session = _make_session(entry, directory, options)
+    session = _make_session(entry, options)
     schema = Schema(_specs(session.get_inputs()), _specs(session.get_outputs()))
     _check_signed(schema.inputs, manifest.inputs, "input")
     _check_signed(schema.outputs, manifest.outputs, "output")
@@ -344,13 +342,10 @@ def _is_valid(value: Any) -> bool:
     return bool(np.isfinite(value).all())
 
 
-def _make_session(entry: bytes | Path, directory: Path | None, options: RuntimeOptions) -> Any:
+def _make_session(entry: bytes | Path, options: RuntimeOptions) -> Any:
     source: bytes | str = entry if isinstance(entry, bytes) else str(entry)
     try:
-        settings = options.make()
-        if directory is not None and isinstance(entry, bytes):
-            settings.add_session_config_entry("session.model_external_initializers_file_folder_path", str(directory))
-        return onnxruntime.InferenceSession(source, settings, providers=list(options.providers))
+        return onnxruntime.InferenceSession(source, options.make(), providers=list(options.providers))
     except Exception as error:
         raise ModelError(f"does not load: {_first_line(error)}", code="load_failed") from error
 

@@ -11,8 +11,8 @@ from device_sdk.protocol.assignment import Probation
 from device_sdk.protocol.cohorts import jitter
 
 EARLY_CALLS = 5  # a probation may be failed after so many calls, it need not wait for all of them
-MAX_STARTS = 2  # a release on trial that was started so often without a verdict has taken the process down
-MAX_TESTS = 2  # likewise a release whose test never came to an end
+MAX_STARTS = 2  # a release on trial that is started so often without a verdict has taken the process down twice
+MAX_TESTS = 2  # likewise a release whose test came to no end so often
 MAX_DELAY = 3_600.0  # seconds; nothing is retried less often than this
 
 
