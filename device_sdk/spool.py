@@ -279,6 +279,13 @@ class Spool:
             batch.path.unlink(missing_ok=True)
             batch.path.with_suffix(".json").unlink(missing_ok=True)
 
+    def is_whole(self, batch: Sealed) -> bool:
+        """Whether a batch's bytes are still those that were sealed."""
+        try:
+            return _sha256(batch.path) == batch.head.sha256
+        except OSError:
+            return False
+
     # The thread
 
     def _work(self) -> None:
@@ -386,12 +393,10 @@ class Spool:
         self._save(lane)
 
     def _head(self, lane: _Lane, identifier: str, path: Path, samples: int) -> BatchHead:
-        with path.open("rb") as file:
-            sha256 = file_digest(file, "sha256").hexdigest()
         return BatchHead(
             id=identifier,
             model=lane.model,
-            sha256=sha256,
+            sha256=_sha256(path),
             length=path.stat().st_size,
             samples=samples,
             dropped=lane.dropped,
@@ -570,6 +575,11 @@ def _write(path: Path, data: bytes) -> None:
     with os.fdopen(descriptor, "wb") as file:
         file.write(data)
     temporary.replace(path)
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return file_digest(file, "sha256").hexdigest()
 
 
 def _sync_directory(path: Path) -> None:
