@@ -89,6 +89,13 @@ class Outbox:
                 self._whole = False
                 raise StorageError(f"cannot write {self._path}: {error.strerror}") from error
 
+    def discard(self, refused: Pending) -> None:
+        """The server will never take `refused`: drop it, and say so with the next post."""
+        self.acknowledge(refused)
+        with self._lock:
+            self._dropped += refused.dropped + len(refused.events)
+            self._whole = False
+
     def _drop_oldest(self) -> None:
         """Drop a tenth at once: the file is rewritten for it."""
         for _ in range(max(1, self._bound // 10)):

@@ -3,12 +3,13 @@
 Pure: no IO, no clock, no randomness. `install.py` does what the states say and persists each step before it is told.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 
 from device_sdk.protocol import events
 from device_sdk.protocol.assignment import Probation
 from device_sdk.protocol.cohorts import jitter
+from device_sdk.protocol.names import ReleasePath
 
 EARLY_CALLS = 5  # a probation may be failed after so many calls, it need not wait for all of them
 MAX_STARTS = 2  # a release on trial that is started so often without a verdict has taken the process down twice
@@ -54,6 +55,7 @@ class Why(StrEnum):
     WINDOW = "window"
     NETWORK = "network"
     DISK = "disk"
+    STALE = "stale"  # the view has expired: an outage, or someone who holds back what is new
     KNOWN_BAD = "known_bad"
     CRASHED_IN_TEST = "crashed_in_test"
     CRASH_LOOP = "crash_loop"
@@ -67,6 +69,7 @@ TRANSITIONS: dict[tuple[State, Signal], State] = {
     (_S.IDLE,        _E.START):      _S.DOWNLOADING,
     (_S.IDLE,        _E.RUNS):       _S.COMMITTED,
     (_S.IDLE,        _E.FAIL):       _S.FAILED,       # known bad, or this device lacks what it requires
+    (_S.IDLE,        _E.ACTIVATED):  _S.PROBATION,    # a trial was found on disk, its history was lost
     (_S.IDLE,        _E.WITHDRAW):   _S.IDLE,
     (_S.IDLE,        _E.INTERRUPT):  _S.IDLE,
     (_S.WAITING,     _E.HOLD):       _S.WAITING,      # for another reason
@@ -83,10 +86,12 @@ TRANSITIONS: dict[tuple[State, Signal], State] = {
     (_S.VERIFYING,   _E.VERIFIED):   _S.TESTING,
     (_S.VERIFYING,   _E.HOLD):       _S.WAITING,
     (_S.VERIFYING,   _E.FAIL):       _S.FAILED,
+    (_S.VERIFYING,   _E.WITHDRAW):   _S.IDLE,
     (_S.VERIFYING,   _E.INTERRUPT):  _S.IDLE,
     (_S.TESTING,     _E.TESTED):     _S.ACTIVATING,
     (_S.TESTING,     _E.HOLD):       _S.WAITING,
     (_S.TESTING,     _E.FAIL):       _S.FAILED,
+    (_S.TESTING,     _E.WITHDRAW):   _S.IDLE,
     (_S.TESTING,     _E.INTERRUPT):  _S.IDLE,
     (_S.ACTIVATING,  _E.ACTIVATED):  _S.PROBATION,
     (_S.ACTIVATING,  _E.HOLD):       _S.WAITING,
@@ -107,6 +112,41 @@ def step(state: State, signal: Signal) -> State:
     if key not in TRANSITIONS:
         raise ValueError(f"no transition from {state} by {signal}")
     return TRANSITIONS[key]
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """Where one model stands, and about which release; what is persisted and reported at each transition.
+
+    `id` names the event that reports it, so that it may be reported again after a restart. `tests`: how often the
+    test of this release was begun, counted before each, so that one that takes the process down is not begun for ever.
+    """
+
+    model: str
+    state: State = State.IDLE
+    reason: str = ""
+    sha256: str = ""
+    release: ReleasePath | None = None
+    rollout: str = ""
+    tests: int = 0
+    id: str = ""
+    at: float = 0.0
+
+    def about(self, sha256: str, release: ReleasePath | None, rollout: str) -> "Progress":
+        """The same place in the lifecycle, turned to another release."""
+        tests = self.tests if sha256 == self.sha256 else 0
+        return replace(self, sha256=sha256, release=release, rollout=rollout, tests=tests)
+
+    def after(self, signal: Signal, reason: str = "") -> "Progress":
+        state = step(self.state, signal)
+        tests = self.tests + 1 if state is State.TESTING else 0 if state is State.ACTIVATING else self.tests
+        return replace(self, state=state, reason=reason, tests=tests)
+
+    def says(self, other: "Progress") -> bool:
+        """Whether both tell the same of the same release: then one report is enough."""
+        return (self.state, self.reason, self.sha256, self.rollout) == (
+            other.state, other.reason, other.sha256, other.rollout,
+        )  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,10 +6,10 @@ Every step may be repeated: a batch keeps its id and its bytes. What can never b
 import logging
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
-from device_sdk.errors import DeviceError, StorageError, TransferError, UnauthorizedError, is_retryable
+from device_sdk.errors import DeviceError, TransferError, UnauthorizedError, is_retryable
 from device_sdk.protocol import fields, limits
 from device_sdk.protocol.errors import ProtocolError
 from device_sdk.protocol.polls import BATCHES
@@ -60,11 +60,12 @@ class Upload:
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """What one round did, in batches. `lost`: those that the server will never take."""
+    """What one round did, in batches. `lost`: the server will never take them. `failed`: kept, for another try."""
 
     sent: int = 0
     samples: int = 0
     lost: int = 0
+    failed: int = 0
 
 
 class Uploader:
@@ -77,37 +78,35 @@ class Uploader:
         self._second_of_day = second_of_day
 
     def run(self, *, force: bool = False) -> Report:
-        """Upload all that may travel now; `force` ignores windows. One failure ends the round: it raises after it.
+        """Upload all that may travel now; `force` ignores windows.
 
-        Raises TransferError (UnauthorizedError included) with what was done so far already done for good.
+        Raises TransferError (no answer, 401, 429, 5xx), which ends the round; what was done stays done. A batch that
+        is refused for a reason of its own does not hold up the others.
         """
-        sent = samples = lost = 0
+        report = Report()
         for model in self._spool.models():
-            if not force and not self._is_open(model):
-                continue
-            for batch in self._spool.seal(model):
-                if self._deliver(batch):
-                    sent, samples = sent + 1, samples + batch.head.samples
-                else:
-                    lost += 1
-        return Report(sent=sent, samples=samples, lost=lost)
+            if force or self._is_open(model):
+                for batch in self._spool.seal(model):
+                    report = self._deliver(batch, report)
+        return report
 
     def _is_open(self, model: str) -> bool:
         sampling = self._spool.sampling(model)
         return sampling is not None and upload_open(sampling, self._device, self._second_of_day())
 
-    def _deliver(self, batch: Sealed) -> bool:
-        """True: the server has it. False: it never will, and the samples were counted as dropped."""
+    def _deliver(self, batch: Sealed, report: Report) -> Report:
         try:
             self._exchange(batch)
-        except (TransferError, StorageError) as error:
-            if not self._is_hopeless(batch, error):
+        except (DeviceError, OSError) as error:
+            if isinstance(error, UnauthorizedError) or is_retryable(error):
                 raise
-            log.error("batch %s of %s is given up: %s", batch.head.id, batch.head.model, error)  # noqa: TRY400
+            log.warning("batch %s of %s was not taken: %s", batch.head.id, batch.head.model, error)
+            if not self._is_hopeless(batch, error):
+                return replace(report, failed=report.failed + 1)
             self._spool.remove(batch, lost=True)
-            return False
+            return replace(report, lost=report.lost + 1)
         self._spool.remove(batch)
-        return True
+        return replace(report, sent=report.sent + 1, samples=report.samples + batch.head.samples)
 
     def _exchange(self, batch: Sealed) -> None:
         head = batch.head
@@ -124,14 +123,11 @@ class Uploader:
             raise TransferError(f"expected state {RECEIVED!r}; got {answer.get('state')!r:.40}", code="bad_answer")
 
     def _put(self, batch: Sealed, upload: Upload) -> None:
-        try:
-            with batch.path.open("rb") as file:
-                self._client.request(
-                    upload.method, upload.url, headers=upload.headers, body=file,
-                    limit=_ANSWER, deadline=_PUT_DEADLINE, authorise=upload.credential,
-                )  # fmt: skip
-        except OSError as error:
-            raise StorageError(f"cannot read batch {batch.head.id}: {error.strerror}", code="missing") from error
+        with batch.path.open("rb") as file:
+            self._client.request(
+                upload.method, upload.url, headers=upload.headers, body=file,
+                limit=_ANSWER, deadline=_PUT_DEADLINE, authorise=upload.credential,
+            )  # fmt: skip
 
     def _post(self, path: str, body: bytes) -> dict[str, Any]:
         answer = self._client.request(
@@ -142,13 +138,10 @@ class Uploader:
         except ProtocolError as error:
             raise TransferError(str(error), code="bad_answer") from error
 
-    def _is_hopeless(self, batch: Sealed, error: DeviceError) -> bool:
+    def _is_hopeless(self, batch: Sealed, error: Exception) -> bool:
         """Whether trying again is of no use: the server said why it never will, or our own copy is damaged."""
-        if isinstance(error, StorageError):
-            return True
-        if isinstance(error, UnauthorizedError) or is_retryable(error):
-            return False
-        return error.code in _TERMINAL or (error.code == "hash_mismatch" and not self._spool.is_whole(batch))
+        code = error.code if isinstance(error, DeviceError) else "unreadable"
+        return code in _TERMINAL or not self._spool.is_whole(batch)
 
 
 def local_second_of_day() -> float:
