@@ -10,6 +10,8 @@ from typing import Any
 from celery.schedules import crontab
 from environs import Env
 
+from fleet.dashboard.unfold import UNFOLD as UNFOLD
+
 env = Env()
 BASE_DIR = Path(__file__).resolve().parent.parent
 
@@ -150,6 +152,7 @@ MIDDLEWARE = [
     "django.middleware.csrf.CsrfViewMiddleware",
     "django.contrib.auth.middleware.AuthenticationMiddleware",
     "django.contrib.messages.middleware.MessageMiddleware",
+    "fleet.dashboard.middleware.ViewerTimeZone",
     "django.middleware.clickjacking.XFrameOptionsMiddleware",
 ]
 ROOT_URLCONF = "fleet.urls"
