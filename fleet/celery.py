@@ -1,4 +1,4 @@
-"""The Celery application. A task is a wake-up call: the sweeps in `settings.CELERY_BEAT_SCHEDULE` find what is undone."""
+"""The Celery application. A task is a wake-up call: the sweeps in `CELERY_BEAT_SCHEDULE` find what is undone."""
 
 import os
 

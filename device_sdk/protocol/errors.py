@@ -2,7 +2,7 @@
 
 
 class ProtocolError(ValueError):
-    """What arrived is not what the protocol allows. `code` is stable; `message` says what was expected and what came."""
+    """What arrived is not what the protocol allows. `code` is stable; `message` says what was expected and came."""
 
     def __init__(self, code: str, message: str) -> None:
         super().__init__(message)

@@ -65,7 +65,7 @@ class Tag:
 
 @dataclass(frozen=True, slots=True)
 class Bundle:
-    """A changed view in one answer: TUF files by their plain names, manifests by sha256. Carries no trust of its own."""
+    """A changed view in one answer: TUF files by their plain names, manifests by sha256. Carries no trust itself."""
 
     metadata: Mapping[str, str] = field(default_factory=dict)
     manifests: Mapping[str, str] = field(default_factory=dict)

@@ -1,5 +1,7 @@
 """The HTTP border, one module per kind of caller."""
 
-from django.urls import URLPattern, URLResolver
+from django.urls import URLPattern, URLResolver, include, path
 
-urlpatterns: list[URLPattern | URLResolver] = []
+urlpatterns: list[URLPattern | URLResolver] = [
+    path("", include("fleet.api.ci")),
+]
