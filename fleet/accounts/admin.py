@@ -1,5 +1,6 @@
 """People, their permission groups, and API tokens. A token's text is shown once, on the page that makes it."""
 
+from datetime import timedelta
 from typing import Any, ClassVar
 
 from django import forms
@@ -10,18 +11,22 @@ from django.contrib.auth.models import Group, User
 from django.db.models import Model
 from django.http import HttpRequest, HttpResponse
 from django.template.response import TemplateResponse
+from django.urls import reverse
 from unfold.admin import ModelAdmin
 from unfold.decorators import display
 from unfold.forms import AdminPasswordChangeForm, UserChangeForm, UserCreationForm
-from unfold.widgets import UnfoldAdminTextInputWidget, UnfoldBooleanSwitchWidget
+from unfold.widgets import UnfoldAdminCheckboxSelectMultiple, UnfoldAdminIntegerFieldWidget, UnfoldAdminTextInputWidget
 
-from fleet import adminkit
+from device_sdk.protocol.errors import ProtocolError
+from device_sdk.protocol.names import check_model
+from fleet import presentation
+from fleet.accounts import services
 from fleet.accounts.models import OPERATE, PUBLISH, READ, SCOPES, ApiToken
 
 _MEANING = {
     PUBLISH: "upload releases, for CI",
-    OPERATE: "start, pause and roll back, with the owner's permissions",
-    READ: "read, with the owner's permissions",
+    OPERATE: "plan and operate rollouts, as a member of Operators",
+    READ: "look at everything, as a member of Viewers",
 }
 
 admin.site.unregister(User)
@@ -44,7 +49,7 @@ class PermissionGroupAdmin(DjangoGroupAdmin, ModelAdmin):  # type: ignore[misc,t
 class NewTokenForm(forms.ModelForm):  # type: ignore[type-arg]
     scopes = forms.MultipleChoiceField(
         choices=[(scope, f"{scope}: {_MEANING[scope]}") for scope in SCOPES],
-        widget=forms.CheckboxSelectMultiple,
+        widget=UnfoldAdminCheckboxSelectMultiple,
     )
     models_allowed = forms.CharField(
         label="Models",
@@ -53,12 +58,21 @@ class NewTokenForm(forms.ModelForm):  # type: ignore[type-arg]
         widget=UnfoldAdminTextInputWidget,
     )
 
+    days = forms.IntegerField(
+        label="Valid for days", min_value=1, max_value=3650, initial=90, widget=UnfoldAdminIntegerFieldWidget
+    )
+
     class Meta:
         model = ApiToken
-        fields = ("name", "scopes", "models_allowed")
+        fields = ("name",)
 
     def clean_models_allowed(self) -> list[str]:
-        return [name.strip() for name in self.cleaned_data["models_allowed"].split(",") if name.strip()]
+        try:
+            return [
+                check_model(name.strip()) for name in self.cleaned_data["models_allowed"].split(",") if name.strip()
+            ]
+        except ProtocolError as error:
+            raise forms.ValidationError(error.message) from error
 
 
 @admin.register(ApiToken)
@@ -70,7 +84,7 @@ class ApiTokenAdmin(ModelAdmin):  # type: ignore[misc]  # unfold ships no types
     list_select_related: ClassVar = ["user"]
     fields = ("name", "owner", "scope_chips", "model_chips", "starts_with", "made", "expires")
     readonly_fields: ClassVar = ["owner", "scope_chips", "model_chips", "starts_with", "made", "expires"]
-    add_fieldsets = ((None, {"fields": ("name", "scopes", "models_allowed")}),)
+    add_fieldsets = ((None, {"fields": ("name", "scopes", "models_allowed", "days")}),)
 
     def has_change_permission(self, request: HttpRequest, obj: Model | None = None) -> bool:
         return False
@@ -82,11 +96,12 @@ class ApiTokenAdmin(ModelAdmin):  # type: ignore[misc]  # unfold ships no types
         return super().get_form(request, obj, change, **kwargs) if change else NewTokenForm
 
     def save_model(self, request: HttpRequest, obj: ApiToken, form: Any, change: bool) -> None:
-        made, text = ApiToken.objects.create(
-            user=request.user,
-            name=obj.name,
-            scopes=form.cleaned_data["scopes"],
-            models_allowed=form.cleaned_data["models_allowed"],
+        given = form.cleaned_data
+        made, text = services.create_token(
+            name=given["name"],
+            scopes=given["scopes"],
+            models=given["models_allowed"],
+            lifetime=timedelta(days=given["days"]),
         )
         obj.__dict__.update(made.__dict__)
         request.new_token = text  # type: ignore[attr-defined]  # for the page that answers this request
@@ -98,6 +113,7 @@ class ApiTokenAdmin(ModelAdmin):  # type: ignore[misc]  # unfold ships no types
             "opts": self.opts,
             "token": request.new_token,  # type: ignore[attr-defined]
             "row": obj,
+            "list_url": reverse("admin:accounts_apitoken_changelist"),
         }
         response = TemplateResponse(request, "dashboard/api_token.html", context)
         response["Cache-Control"] = "no-store"
@@ -109,20 +125,20 @@ class ApiTokenAdmin(ModelAdmin):  # type: ignore[misc]  # unfold ships no types
 
     @display(description="Scopes")
     def scope_chips(self, token: ApiToken) -> str:
-        return adminkit.chips(token.scopes)
+        return presentation.chips(token.scopes)
 
     @display(description="Models")
     def model_chips(self, token: ApiToken) -> str:
-        return adminkit.chips(token.models_allowed) if token.models_allowed else "every model"
+        return presentation.chips(token.models_allowed) if token.models_allowed else "every model"
 
     @display(description="Starts with")
     def starts_with(self, token: ApiToken) -> str:
-        return adminkit.short(token.token_key)
+        return presentation.short(token.token_key)
 
     @display(description="Created", ordering="created")
     def made(self, token: ApiToken) -> str:
-        return adminkit.ago(token.created)
+        return presentation.ago(token.created)
 
     @display(description="Expires", ordering="expiry")
     def expires(self, token: ApiToken) -> str:
-        return adminkit.ago(token.expiry)
+        return presentation.ago(token.expiry)

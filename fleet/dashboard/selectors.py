@@ -89,7 +89,11 @@ class StageBar:
     @property
     def items(self) -> list[dict[str, object]]:
         """The parts of unfold's progress component; an empty part keeps the bar's track on the page."""
-        parts = (("committed", self.committed, "good"), ("updating", self.updating, "info"), ("failed", self.failed, "bad"))
+        parts = (
+            ("committed", self.committed, "good"),
+            ("updating", self.updating, "info"),
+            ("failed", self.failed, "bad"),
+        )
         return [{"title": name, "value": value, "progress_class": f"tone-{tone}"} for name, value, tone in parts]
 
 
@@ -101,6 +105,11 @@ class RolloutCard:
     updating: int
     committed: int
     failed: int
+
+    @property
+    def current(self) -> int:
+        """The number of the stage it is at, from 1."""
+        return min(self.rollout.stage_index + 1, max(len(self.stages), 1))
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,12 +159,6 @@ class Presence:
 
 
 @dataclass(frozen=True, slots=True)
-class RoleWarning:
-    role: RoleMetadata
-    expired: bool
-
-
-@dataclass(frozen=True, slots=True)
 class Step:
     """Something to do before the first device runs a signed model."""
 
@@ -199,10 +202,23 @@ def spreads(now: datetime, window: timedelta) -> list[ModelSpread]:
     releases = _releases_by_name()
     return [
         _model_spread(
-            model, running.get(model.name, Counter()), releases.get(model.name, {}), standing.get(model.name), now, window
+            model,
+            running.get(model.name, Counter()),
+            releases.get(model.name, {}),
+            standing.get(model.name),
+            now,
+            window,
         )
         for model in Model.objects.all()
     ]
+
+
+def spread_of(model: Model, now: datetime, window: timedelta) -> ModelSpread:
+    """The same for one model."""
+    running = _running_now().get(model.name, Counter())
+    return _model_spread(
+        model, running, _releases_by_name().get(model.name, {}), targets().get(model.name), now, window
+    )
 
 
 def _model_spread(
@@ -470,7 +486,7 @@ def _device_says(status: ModelStatus, target: Rollout) -> str:
     return "waiting" if status.state == "waiting" else ""
 
 
-# --- feedback, trust, first steps ---------------------------------------------------------------------------------
+# --- feedback, first steps ---------------------------------------------------------------------------------
 def newest_batches() -> QuerySet[Batch]:
     return Batch.objects.select_related("device", "model", "campaign")[:6]
 
@@ -481,18 +497,6 @@ def samples_since(moment: datetime) -> int:
 
 def data_set_rows() -> int:
     return DatasetPart.objects.aggregate(n=Sum("rows"))["n"] or 0
-
-
-def role_warnings(now: datetime) -> list[RoleWarning]:
-    """Newest version of each signed role that has under a quarter of its lifetime left."""
-    newest = RoleMetadata.objects.values("role").annotate(newest=Max("version"))
-    wanted = {row["role"]: row["newest"] for row in newest.order_by()}
-    rows = [row for row in RoleMetadata.objects.defer("content") if wanted[row.role] == row.version]
-    return [RoleWarning(row, row.expires_at <= now) for row in rows if expires_soon(row, now)]
-
-
-def expires_soon(role: RoleMetadata, now: datetime) -> bool:
-    return role.expires_at - now < (role.expires_at - role.created_at) / 4
 
 
 def first_steps() -> list[Step]:

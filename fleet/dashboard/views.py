@@ -8,10 +8,11 @@ from django.http import HttpRequest
 from django.utils import timezone
 from django.utils.html import format_html
 
-from fleet import adminkit
+from fleet import presentation
 from fleet.dashboard import selectors
 from fleet.dashboard.selectors import History, Laggard, Laggards, ModelSpread, Presence
 from fleet.feedback.models import Batch
+from fleet.trust import selectors as trust
 
 WINDOWS = {"24h": timedelta(hours=24), "7d": timedelta(days=7), "30d": timedelta(days=30)}
 DEFAULT_WINDOW = "7d"
@@ -29,7 +30,7 @@ def first_page(request: HttpRequest, context: dict[str, Any]) -> dict[str, Any]:
             "steps": selectors.first_steps(),
             "presence": (presence := selectors.presence(now)),
             "presence_bar": _presence_bar(presence),
-            "spreads": [_spread(spread) for spread in selectors.spreads(now, WINDOWS[chosen])],
+            "spreads": [spread_context(spread) for spread in selectors.spreads(now, WINDOWS[chosen])],
             "laggards": (behind := selectors.laggards(now)),
             "laggards_table": _laggards_table(behind),
         }
@@ -38,16 +39,19 @@ def first_page(request: HttpRequest, context: dict[str, Any]) -> dict[str, Any]:
     if may("feedback.view_batch"):
         context |= {
             "batches": (batches := list(selectors.newest_batches())),
-            "batches_table": {"headers": ["Model", "Device", "Samples", "State", "Announced"], "rows": [_batch(b) for b in batches]},
+            "batches_table": {
+                "headers": ["Model", "Device", "Samples", "State", "Announced"],
+                "rows": [_batch(b) for b in batches],
+            },
             "samples_today": selectors.samples_since(now - timedelta(hours=24)),
             "data_set_rows": selectors.data_set_rows(),
         }
     if may("trust.view_rolemetadata"):
-        context["role_warnings"] = selectors.role_warnings(now)
+        context["role_warnings"] = trust.expiring(now)
     return context
 
 
-def _spread(spread: ModelSpread) -> dict[str, Any]:
+def spread_context(spread: ModelSpread) -> dict[str, Any]:
     return {
         "of": spread,
         "bar": [_part(s.label, s.percent, f"series-{s.series}") for s in spread.slices if s.devices],
@@ -73,18 +77,18 @@ def _laggards_table(laggards: Laggards) -> dict[str, Any]:
 
 def _laggard(row: Laggard) -> list[str]:
     why = format_html('<span><span class="fleet-chip">{}</span> {}</span>', row.kind, row.reason)
-    since = adminkit.ago(row.since) if row.since else "–"
-    return [adminkit.link(row.device), row.model, row.running or "none", row.target, why, since]
+    since = presentation.ago(row.since) if row.since else "–"
+    return [presentation.link(row.device), row.model, row.running or "none", row.target, why, since]
 
 
 def _batch(batch: Batch) -> list[str]:
     dropped = f", {batch.dropped} dropped on the device" if batch.dropped else ""
     return [
-        adminkit.link(batch, batch.model.name),
-        adminkit.link(batch.device),
-        f"{batch.samples} in {adminkit.size(batch.length)}{dropped}",
-        adminkit.state(batch.state),
-        adminkit.ago(batch.announced_at),
+        presentation.link(batch, batch.model.name),
+        presentation.link(batch.device),
+        f"{batch.samples} in {presentation.size(batch.length)}{dropped}",
+        presentation.state(batch.state),
+        presentation.ago(batch.announced_at),
     ]
 
 

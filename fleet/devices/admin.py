@@ -8,12 +8,14 @@ from django.contrib import admin
 from django.db.models import Model, Q, QuerySet
 from django.http import HttpRequest, HttpResponse
 from django.template.response import TemplateResponse
+from django.urls import reverse
 from django.utils import timezone
+from unfold.admin import ModelAdmin
 from unfold.contrib.filters.admin import ChoicesDropdownFilter, DropdownFilter
 from unfold.decorators import action, display
 from unfold.enums import ActionVariant
 
-from fleet import adminkit
+from fleet import adminkit, presentation
 from fleet.adminkit import CommentForm, KeptAdmin, OptionalCommentForm, ReadOnlyAdmin
 from fleet.devices import selectors, services
 from fleet.devices.forms import EnrolmentTokenForm, GroupForm
@@ -77,7 +79,18 @@ class DeviceAdmin(ReadOnlyAdmin):  # type: ignore[misc]  # unfold ships no types
     list_filter: ClassVar = [("state", ChoicesDropdownFilter), RunsFilter, SeenFilter]
     search_fields: ClassVar = ["name", "labels", "sdk"]
     list_select_related: ClassVar = ["runs"]
-    fields = ("name", "state_label", "running", "model_list", "label_list", "pin_list", "sdk", "seen", "enrolled", "lost")
+    fields = (
+        "name",
+        "state_label",
+        "running",
+        "model_list",
+        "label_list",
+        "pin_list",
+        "sdk",
+        "seen",
+        "enrolled",
+        "lost",
+    )
     readonly_fields = fields
     change_form_outer_after_template = "dashboard/device.html"
     actions: ClassVar = ["approve_selected"]
@@ -101,7 +114,9 @@ class DeviceAdmin(ReadOnlyAdmin):  # type: ignore[misc]  # unfold ships no types
         url_path="approve",
         variant=ActionVariant.PRIMARY,
         permissions=["act"],
-        dialog=adminkit.dialog("Approve this device", "From its next poll it gets its view.", "Approve", OptionalCommentForm),
+        dialog=adminkit.dialog(
+            "Approve this device", "From its next poll it gets its view.", "Approve", OptionalCommentForm
+        ),
     )
     def approve(self, request: HttpRequest, form: CommentForm, object_id: str) -> HttpResponse:
         device = Device.objects.get(pk=object_id)
@@ -109,7 +124,7 @@ class DeviceAdmin(ReadOnlyAdmin):  # type: ignore[misc]  # unfold ships no types
             request,
             lambda: services.approve(device=device, actor=adminkit.actor(request)),
             done=f"{device} is approved.",
-            then=adminkit.page_of(device),
+            then=presentation.page_of(device),
         )
 
     @action(
@@ -131,42 +146,51 @@ class DeviceAdmin(ReadOnlyAdmin):  # type: ignore[misc]  # unfold ships no types
             request,
             lambda: services.revoke(device=device, actor=adminkit.actor(request)),
             done=f"{device} is revoked.",
-            then=adminkit.page_of(device),
+            then=presentation.page_of(device),
         )
 
     @admin.action(description="Approve selected devices", permissions=["act"])
     def approve_selected(self, request: HttpRequest, queryset: QuerySet[Device]) -> None:
         for device in queryset.filter(state=Device.State.PENDING):
-            adminkit.perform(request, lambda: services.approve(device=device, actor=adminkit.actor(request)), done=f"{device} is approved.", then="")  # noqa: B023
+            adminkit.perform(
+                request,
+                lambda: services.approve(device=device, actor=adminkit.actor(request)),
+                done=f"{device} is approved.",
+                then="",
+            )  # noqa: B023
 
-    @display(description="State", ordering="state", label=adminkit.STATE_COLOURS)
+    @display(description="State", ordering="state", label=presentation.STATE_COLOURS)
     def state_label(self, device: Device) -> str:
         return device.state
 
     @display(description="Runs")
     def running(self, device: Device) -> str:
         runs = device.runs.runs if device.runs else {}
-        return adminkit.chips(f"{model} {running}" for model, running in sorted(runs.items())) if runs else "nothing yet"
+        return (
+            presentation.chips(f"{model} {running}" for model, running in sorted(runs.items()))
+            if runs
+            else "nothing yet"
+        )
 
     @display(description="Models")
     def model_list(self, device: Device) -> str:
-        return adminkit.chips(device.model_names)
+        return presentation.chips(device.model_names)
 
     @display(description="Labels")
     def label_list(self, device: Device) -> str:
-        return adminkit.label_chips(device.labels)
+        return presentation.label_chips(device.labels)
 
     @display(description="Pinned to")
     def pin_list(self, device: Device) -> str:
-        return adminkit.label_chips(device.pins)
+        return presentation.label_chips(device.pins)
 
     @display(description="Last seen", ordering="last_seen")
     def seen(self, device: Device) -> str:
-        return adminkit.presence(device.last_seen, selectors.offline_before())
+        return presentation.presence(device.last_seen, selectors.offline_before())
 
     @display(description="Enrolled")
     def enrolled(self, device: Device) -> str:
-        return adminkit.ago(device.enrolled_at)
+        return presentation.ago(device.enrolled_at)
 
     @display(description="Events lost on the device")
     def lost(self, device: Device) -> int:
@@ -174,7 +198,7 @@ class DeviceAdmin(ReadOnlyAdmin):  # type: ignore[misc]  # unfold ships no types
 
 
 @admin.register(Group)
-class GroupAdmin(KeptAdmin):  # type: ignore[misc]  # unfold ships no types
+class GroupAdmin(ModelAdmin):  # type: ignore[misc]  # unfold ships no types
     form = GroupForm
     list_display: ClassVar = ["name", "chosen_by", "description"]
     search_fields: ClassVar = ["name", "description"]
@@ -182,7 +206,7 @@ class GroupAdmin(KeptAdmin):  # type: ignore[misc]  # unfold ships no types
 
     @display(description="Chosen by")
     def chosen_by(self, group: Group) -> str:
-        return adminkit.label_chips(group.selector) if group.selector else "every device"
+        return presentation.label_chips(group.selector) if group.selector else "every device"
 
 
 @admin.register(EnrolmentToken)
@@ -194,9 +218,7 @@ class EnrolmentTokenAdmin(KeptAdmin):  # type: ignore[misc]  # unfold ships no t
     list_select_related: ClassVar = ["created_by"]
     fields = ("name", "standing", "used", "model_list", "label_list", "needs_approval", "expires", "created_by")
     readonly_fields = fields
-    add_fieldsets = (
-        (None, {"fields": ("name", "model_names", "labels", "max_uses", "days", "needs_approval")}),
-    )
+    add_fieldsets = ((None, {"fields": ("name", "model_names", "labels", "max_uses", "days", "needs_approval")}),)
     actions_detail: ClassVar = ["revoke"]
 
     def has_change_permission(self, request: HttpRequest, obj: Model | None = None) -> bool:
@@ -229,6 +251,7 @@ class EnrolmentTokenAdmin(KeptAdmin):  # type: ignore[misc]  # unfold ships no t
             "opts": self.opts,
             "token": request.new_token,  # type: ignore[attr-defined]
             "row": obj,
+            "list_url": reverse("admin:devices_enrolmenttoken_changelist"),
         }
         response = TemplateResponse(request, "dashboard/enrolment_token.html", context)
         response["Cache-Control"] = "no-store"
@@ -248,17 +271,24 @@ class EnrolmentTokenAdmin(KeptAdmin):  # type: ignore[misc]  # unfold ships no t
         variant=ActionVariant.DANGER,
         permissions=["act"],
         dialog=adminkit.dialog(
-            "Revoke this token?", "No further device can enrol with it. Devices that did keep working.", "Revoke",
+            "Revoke this token?",
+            "No further device can enrol with it. Devices that did keep working.",
+            "Revoke",
             OptionalCommentForm,
         ),
     )
     def revoke(self, request: HttpRequest, form: CommentForm, object_id: str) -> HttpResponse:
         token = EnrolmentToken.objects.get(pk=object_id)
         return adminkit.perform(
-            request, lambda: services.revoke_token(token=token), done=f"{token} is revoked.", then=adminkit.page_of(token)
+            request,
+            lambda: services.revoke_token(token=token),
+            done=f"{token} is revoked.",
+            then=presentation.page_of(token),
         )
 
-    @display(description="State", label={"usable": "success", "used up": "info", "expired": "warning", "revoked": "danger"})
+    @display(
+        description="State", label={"usable": "success", "used up": "info", "expired": "warning", "revoked": "danger"}
+    )
     def standing(self, token: EnrolmentToken) -> str:
         if token.revoked_at:
             return "revoked"
@@ -272,15 +302,15 @@ class EnrolmentTokenAdmin(KeptAdmin):  # type: ignore[misc]  # unfold ships no t
 
     @display(description="Models")
     def model_list(self, token: EnrolmentToken) -> str:
-        return adminkit.chips(token.model_names)
+        return presentation.chips(token.model_names)
 
     @display(description="Labels")
     def label_list(self, token: EnrolmentToken) -> str:
-        return adminkit.label_chips(token.labels)
+        return presentation.label_chips(token.labels)
 
     @display(description="Expires", ordering="expires_at")
     def expires(self, token: EnrolmentToken) -> str:
-        return adminkit.ago(token.expires_at)
+        return presentation.ago(token.expires_at)
 
 
 @admin.register(DeviceEvent)
@@ -289,25 +319,35 @@ class DeviceEventAdmin(ReadOnlyAdmin):  # type: ignore[misc]  # unfold ships no 
     list_filter: ClassVar = ["kind", "model"]
     search_fields: ClassVar = ["device__name", "release", "reason"]
     list_select_related: ClassVar = ["device"]
-    fields = ("device_link", "kind_label", "model", "release", "rollout", "reason", "detail_text", "happened", "received")
+    fields = (
+        "device_link",
+        "kind_label",
+        "model",
+        "release",
+        "rollout",
+        "reason",
+        "detail_text",
+        "happened",
+        "received",
+    )
     readonly_fields = fields
 
     @display(description="When", ordering="received_at")
     def happened(self, event: DeviceEvent) -> str:
-        return adminkit.ago(event.at)
+        return presentation.ago(event.at)
 
     @display(description="Received")
     def received(self, event: DeviceEvent) -> str:
-        return adminkit.ago(event.received_at)
+        return presentation.ago(event.received_at)
 
     @display(description="Device", ordering="device__name")
     def device_link(self, event: DeviceEvent) -> str:
-        return adminkit.link(event.device)
+        return presentation.link(event.device)
 
-    @display(description="What", ordering="kind", label=adminkit.STATE_COLOURS)
+    @display(description="What", ordering="kind", label=presentation.STATE_COLOURS)
     def kind_label(self, event: DeviceEvent) -> str:
         return event.kind
 
     @display(description="Detail")
     def detail_text(self, event: DeviceEvent) -> str:
-        return adminkit.label_chips(event.detail)
+        return presentation.label_chips(event.detail)

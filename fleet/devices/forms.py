@@ -72,11 +72,15 @@ class NamesField(forms.CharField):
 
 
 class EnrolmentTokenForm(forms.ModelForm):  # type: ignore[type-arg]
-    name = forms.CharField(max_length=100, widget=UnfoldAdminTextInputWidget, help_text="For people: batch, site, order.")
+    name = forms.CharField(
+        max_length=100, widget=UnfoldAdminTextInputWidget, help_text="For people: batch, site, order."
+    )
     model_names = NamesField(label="Models", help_text="What its devices run: names, separated by commas.")
     labels = PairsField(help_text=f"Set on every device that uses it. {_PAIRS}")
     max_uses = forms.IntegerField(label="Devices", min_value=1, initial=1, widget=UnfoldAdminIntegerFieldWidget)
-    days = forms.IntegerField(label="Valid for days", min_value=1, max_value=365, initial=7, widget=UnfoldAdminIntegerFieldWidget)
+    days = forms.IntegerField(
+        label="Valid for days", min_value=1, max_value=365, initial=7, widget=UnfoldAdminIntegerFieldWidget
+    )
     needs_approval = forms.BooleanField(
         required=False,
         widget=UnfoldBooleanSwitchWidget,

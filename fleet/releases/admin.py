@@ -8,7 +8,7 @@ from django.http import HttpRequest
 from unfold.contrib.filters.admin import ChoicesDropdownFilter, RelatedDropdownFilter
 from unfold.decorators import display
 
-from fleet import adminkit
+from fleet import presentation
 from fleet.adminkit import KeptAdmin, ReadOnlyAdmin
 from fleet.releases.models import Model, Release
 
@@ -41,7 +41,7 @@ class ModelAdmin(KeptAdmin):  # type: ignore[misc]  # unfold ships no types
 
     @display(description="Added", ordering="created_at")
     def made(self, model: Model) -> str:
-        return adminkit.ago(model.created_at)
+        return presentation.ago(model.created_at)
 
 
 @admin.register(Release)
@@ -62,22 +62,22 @@ class ReleaseAdmin(ReadOnlyAdmin):  # type: ignore[misc]  # unfold ships no type
     def name(self, release: Release) -> str:
         return str(release)
 
-    @display(description="State", ordering="state", label=adminkit.STATE_COLOURS)
+    @display(description="State", ordering="state", label=presentation.STATE_COLOURS)
     def state_label(self, release: Release) -> str:
         return release.state
 
     @display(description="Variants")
     def variant_names(self, release: Release) -> str:
-        return adminkit.chips(variant.name for variant in release.variants.all())
+        return presentation.chips(variant.name for variant in release.variants.all())
 
     @display(description="Size")
     def total_size(self, release: Release) -> str:
-        return adminkit.size(sum(variant.size for variant in release.variants.all()))
+        return presentation.size(sum(variant.size for variant in release.variants.all()))
 
     @display(description="Signed by keys")
     def signed_by_keys(self, release: Release) -> str:
-        return adminkit.chips(str(key)[:16] for key in release.signed_by)
+        return presentation.chips(str(key)[:16] for key in release.signed_by)
 
     @display(description="Published", ordering="created_at")
     def published(self, release: Release) -> str:
-        return adminkit.ago(release.created_at)
+        return presentation.ago(release.created_at)

@@ -9,7 +9,7 @@ from django.http import HttpRequest
 from django.utils.html import format_html
 from unfold.decorators import display
 
-from fleet import adminkit
+from fleet import presentation
 from fleet.adminkit import ReadOnlyAdmin
 from fleet.trust.models import RoleMetadata
 
@@ -45,16 +45,18 @@ class RoleMetadataAdmin(ReadOnlyAdmin):  # type: ignore[misc]  # unfold ships no
             signatures = json.loads(role.content)["signatures"]
         except (ValueError, KeyError):
             return "–"
-        return format_html(" ".join(["{}"] * len(signatures)), *(adminkit.short(item["keyid"]) for item in signatures))
+        return format_html(
+            " ".join(["{}"] * len(signatures)), *(presentation.short(item["keyid"]) for item in signatures)
+        )
 
     @display(description="Signed", ordering="created_at")
     def signed(self, role: RoleMetadata) -> str:
-        return adminkit.ago(role.created_at)
+        return presentation.ago(role.created_at)
 
     @display(description="Expires", ordering="expires_at")
     def expires(self, role: RoleMetadata) -> str:
-        return adminkit.ago(role.expires_at)
+        return presentation.ago(role.expires_at)
 
     @display(description="Signed text")
     def signed_text(self, role: RoleMetadata) -> str:
-        return adminkit.json_block(role.content)
+        return presentation.json_block(role.content)
