@@ -103,7 +103,7 @@ def _write(marks: Mapping[int, Mark]) -> None:
             cursor.execute(STATEMENT.format(rows=", ".join(["(%s, %s, %s)"] * len(chunk))), parameters)
 
 
-def _parameters(device: int, mark: Mark) -> Iterator[int | str | datetime]:
+def _parameters(device: int, mark: Mark) -> Iterator[int | str | None]:
     yield device
     yield connection.ops.adapt_datetimefield_value(mark.at)
     yield mark.runs

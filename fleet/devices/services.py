@@ -14,12 +14,13 @@ from django.db.models import Exists, F, OuterRef, Q
 from django.db.models.functions import TruncHour
 from django.utils import timezone
 
+from device_sdk.protocol import fields
 from device_sdk.protocol.errors import ProtocolError
 from device_sdk.protocol.events import HEALTH, Event, EventPost
-from device_sdk.protocol.names import check_model
+from device_sdk.protocol.names import check_model, check_name
 from device_sdk.protocol.polls import EnrolRequest, check_labels, running_digest
 from fleet.devices import credentials, selectors
-from fleet.devices.models import Device, DeviceEvent, EnrolmentToken, ModelStatus, RunningSet, SpreadSample
+from fleet.devices.models import Device, DeviceEvent, EnrolmentToken, Group, ModelStatus, RunningSet, SpreadSample
 from fleet.devices.seen import flush_seen, mark_seen
 from fleet.errors import Conflict, Denied, Invalid, Unauthorized
 
@@ -196,6 +197,30 @@ def set_labels(*, device: Device, labels: Mapping[str, str], actor: User | str) 
     Device.objects.filter(pk=device.pk).update(labels=checked)
     device.labels = checked
     logger.info("device_labelled", device=device.name, labels=checked, actor=str(actor))
+
+
+def save_group(
+    *, group: Group | None = None, name: str, description: str = "", selector: Mapping[str, Sequence[str]]
+) -> Group:
+    """Create or change a group. `selector` maps a label to its allowed values; empty chooses every device."""
+    group = group or Group()
+    try:
+        group.name, group.description, group.selector = check_name(name, "group"), description, _selector(selector)
+    except ProtocolError as error:
+        raise Invalid(error.code, error.message) from error
+    if Group.objects.filter(name=group.name).exclude(pk=group.pk).exists():
+        raise Conflict("group_exists", f"there is a group {group.name!r} already")
+    group.save()
+    return group
+
+
+def _selector(value: object) -> dict[str, list[str]]:
+    selector = fields.as_object(value, "selector")
+    for label, allowed in selector.items():
+        check_name(label, "label")
+        if not isinstance(allowed, list) or not allowed or not all(isinstance(item, str) for item in allowed):
+            raise ProtocolError("malformed", f"selector: {label!r} needs a list of allowed values; got {allowed!r:.80}")
+    return selector
 
 
 def _move(device: Device, before: Device.State, after: Device.State) -> None:

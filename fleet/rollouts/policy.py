@@ -234,7 +234,7 @@ def _doubt(stage: StageRules, tally: Tally, now: datetime, *, counted: bool = Tr
 
 def _soak(stage: StageRules, now: datetime) -> str:
     passed = (now - (stage.since or now)).total_seconds()
-    return f"soaking for another {stage.soak_seconds - passed:.0f} s" if passed < stage.soak_seconds else ""
+    return f"soaking for {stage.soak_seconds:g} s" if passed < stage.soak_seconds else ""
 
 
 def _reports(stage: StageRules, tally: Tally) -> str:
