@@ -49,6 +49,7 @@ class World:
             "FLEET_VAR": str(self.var),
             "FLEET_PUBLIC_URL": self.url,
             "FLEET_SECRET_KEY": secrets.token_hex(32),
+            "DJANGO_SUPERUSER_PASSWORD": self.password,
             "FLEET_POLL_INTERVAL": "1",
             "FLEET_TICK_SECONDS": "1",
             "FLEET_SWEEP_SECONDS": "2",
