@@ -426,7 +426,7 @@ class Spool:
         return lane
 
     def _save(self, lane: _Lane) -> None:
-        sampling = asdict(lane.sampling) if lane.sampling else None
+        sampling = lane.sampling.to_json() if lane.sampling else None
         state = {"sampling": sampling, "reservoir": asdict(lane.reservoir), "dropped": lane.dropped}
         _write(lane.path / "state.json", json.dumps(state).encode())
 

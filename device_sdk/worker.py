@@ -265,7 +265,7 @@ class Worker:
 
     def __init__(self, context: Context, spool: Spool, uploader: Uploader, settings: "Settings") -> None:
         self._it = context
-        self._spool = spool
+        self.spool = spool
         self._uploader = uploader
         self._settings = settings
         self.poller = Poller(context, interval=settings.poll_seconds)
@@ -281,8 +281,9 @@ class Worker:
         self._is_running = False
         context.on_view = self.obey
         context.journal.on_event = self._wake_reporter
-        for installer in context.installers.values():
+        for model, installer in context.installers.items():
             installer.stopping = lambda: self._install_loop.is_stopping
+            self._take_up(model)
 
     def start(self) -> None:
         """Start the threads. The first poll is put off by the device's own fraction of a few seconds."""
@@ -290,7 +291,7 @@ class Worker:
         self._next_poll = now + self.poller.first_delay()
         self._next_health = now + self._settings.health_seconds
         self._is_running = True
-        self._spool.start()
+        self.spool.start()
         for loop in (self._poll_loop, self._install_loop, self._upload_loop):
             loop.start()
 
@@ -299,7 +300,7 @@ class Worker:
         self._is_running = False
         for loop in (self._upload_loop, self._install_loop, self._poll_loop):
             loop.stop()
-        self._spool.stop()
+        self.spool.stop()
         with self._installing:
             for installer in self._it.installers.values():
                 installer.close()
@@ -314,7 +315,7 @@ class Worker:
             verified = view.assignments.get(model)
             installer.latest = verified
             try:
-                intake = self._spool.configure(model, verified.assignment.sampling if verified else None)
+                intake = self.spool.configure(model, verified.assignment.sampling if verified else None)
             except StorageError as error:
                 log.warning("%s is not sampled: %s", model, error)
                 continue
@@ -343,8 +344,15 @@ class Worker:
 
     def upload(self, *, force: bool) -> Report:
         with self._uploading:
-            self._spool.drain()
+            self.spool.drain()
             return self._uploader.run(force=force)
+
+    def _take_up(self, model: str) -> None:
+        """Samples of an earlier process are uploaded even if no campaign asks for more."""
+        try:
+            self.spool.lane(model)
+        except StorageError as error:
+            log.warning("%s is not sampled: %s", model, error)
 
     # Steps of the loops
 
@@ -398,7 +406,7 @@ class Worker:
 
     def _tell_health(self) -> None:
         """Counters since the last time, for each model that was called."""
-        waiting, dropped = self._spool.waiting(), self._spool.dropped()
+        waiting, dropped = self.spool.waiting(), self.spool.dropped()
         for model, installer in self._it.installers.items():
             loaded = installer.slot.current
             if loaded is None:
