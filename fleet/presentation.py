@@ -33,7 +33,7 @@ def page_of(row: Model) -> str:
 
 def link(row: Model | None, text: str = "") -> str:
     if row is None:
-        return "–"
+        return "-"
     return format_html('<a class="fleet-link" href="{}">{}</a>', page_of(row), text or str(row))
 
 
@@ -98,7 +98,7 @@ def short(digest: str, length: int = 12) -> str:
 def chips(labels: Iterable[str]) -> str:
     """Small grey tags in a row."""
     parts = [format_html('<span class="fleet-chip">{}</span>', text) for text in labels]
-    return SafeString(" ".join(parts)) if parts else "–"
+    return SafeString(" ".join(parts)) if parts else "-"
 
 
 def label_chips(labels: dict[str, Any]) -> str:

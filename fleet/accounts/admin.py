@@ -15,7 +15,11 @@ from django.urls import reverse
 from unfold.admin import ModelAdmin
 from unfold.decorators import display
 from unfold.forms import AdminPasswordChangeForm, UserChangeForm, UserCreationForm
-from unfold.widgets import UnfoldAdminCheckboxSelectMultiple, UnfoldAdminIntegerFieldWidget, UnfoldAdminTextInputWidget
+from unfold.widgets import (
+    UnfoldAdminCheckboxSelectMultipleWidget,
+    UnfoldAdminIntegerFieldWidget,
+    UnfoldAdminTextInputWidget,
+)
 
 from device_sdk.protocol.errors import ProtocolError
 from device_sdk.protocol.names import check_model
@@ -49,7 +53,7 @@ class PermissionGroupAdmin(DjangoGroupAdmin, ModelAdmin):  # type: ignore[misc,t
 class NewTokenForm(forms.ModelForm):  # type: ignore[type-arg]
     scopes = forms.MultipleChoiceField(
         choices=[(scope, f"{scope}: {_MEANING[scope]}") for scope in SCOPES],
-        widget=UnfoldAdminCheckboxSelectMultiple,
+        widget=UnfoldAdminCheckboxSelectMultipleWidget,
     )
     models_allowed = forms.CharField(
         label="Models",

@@ -40,8 +40,8 @@ def guards(rollout: Rollout) -> Table:
             f"{stage.success_threshold:.0%} of {stage.min_reports} or more reports",
             stage.failure_budget,
             _span(stage.soak_seconds),
-            presentation.ago(stage.entered_at, never="–"),
-            presentation.ago(stage.passed_at, never="–"),
+            presentation.ago(stage.entered_at, never="-"),
+            presentation.ago(stage.passed_at, never="-"),
         ]
         for stage in rollout.stages.all()
     ]
@@ -118,8 +118,8 @@ def _models_of(row: Device) -> Table:
             [
                 model,
                 runs.get(model, "nothing yet"),
-                presentation.state(status.state) if status else "–",
-                presentation.ago(status.since) if status else "–",
+                presentation.state(status.state) if status else "-",
+                presentation.ago(status.since) if status else "-",
                 status.reason if status else "",
                 ", ".join(f"{key} {value}" for key, value in sorted(status.health.items())) if status else "",
             ]

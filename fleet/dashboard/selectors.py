@@ -7,13 +7,14 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from datetime import datetime, timedelta
+from itertools import pairwise
 
 from django.conf import settings
 from django.db.models import Count, Max, Min, Q, QuerySet, Sum
 from django.db.models.functions import TruncDay, TruncHour, TruncMinute
 
 from fleet.devices import selectors as devices
-from fleet.devices.models import Device, EnrolmentToken, ModelStatus, RunningSet, SpreadSample
+from fleet.devices.models import Device, EnrolmentToken, RunningSet, SpreadSample
 from fleet.feedback.models import Batch, DatasetPart
 from fleet.releases.models import Model, Release
 from fleet.rollouts import selectors as rollouts
@@ -23,7 +24,16 @@ from fleet.trust.models import RoleMetadata
 NOTHING = ""  # the version of a device that runs no release of a model yet
 SERIES = 6  # versions with a colour of their own; older ones are one "other"
 LAGGARDS = 12  # shown
-LAGGARDS_READ = 300  # read, longest silent first, to sum up the reasons
+REASONS = {  # of `rollouts.selectors`, for people
+    rollouts.PINNED: "pinned",
+    rollouts.OFFLINE: "offline",
+    rollouts.FAILED_THERE: "failed",
+    rollouts.PAUSED: "rollout paused",
+    rollouts.NOT_ADMITTED: "later stage",
+    rollouts.WAITING: "waiting",
+    rollouts.UPDATING_NOW: "updating",
+    rollouts.UNSEEN: "not polled yet",
+}
 IN_FLIGHT = (Rollout.State.RUNNING, Rollout.State.PAUSED, Rollout.State.HALTED, Rollout.State.AWAITING_APPROVAL)
 
 
@@ -113,22 +123,11 @@ class RolloutCard:
 
 
 @dataclass(frozen=True, slots=True)
-class Laggard:
-    device: Device
-    model: str
-    running: str
-    target: str
-    kind: str  # the reason in one or two words
-    reason: str
-    since: datetime | None
-
-
-@dataclass(frozen=True, slots=True)
 class Laggards:
-    """`total` devices lag; `reasons` sums up those that were read."""
+    """`total` devices lag; the first of them, and all of them by reason."""
 
     total: int
-    rows: tuple[Laggard, ...]
+    rows: tuple[rollouts.Laggard, ...]
     reasons: tuple[tuple[str, int], ...]
 
 
@@ -180,7 +179,7 @@ def presence(now: datetime) -> Presence:
         },
     )
     reached = [counts[f"after{n}"] for n in range(len(bounds))]
-    parts = [reached[0], *(max(0, b - a) for a, b in zip(reached, reached[1:], strict=False))]
+    parts = [reached[0], *(max(0, b - a) for a, b in pairwise(reached))]
     parts.append(counts["active"] - sum(parts))
     labels = ("Online", "Within the hour", "Within a day", "Within a week", "Longer or never")
     tones = ("good", "calm", "quiet", "warn", "bad")
@@ -309,8 +308,8 @@ def _history(
         return History(moments=(), lines=(), step=timedelta())
     step = _STEPS[_truncation(now - samples[0][0])]
     by_moment: dict[datetime, dict[str, int]] = defaultdict(dict)
-    for at, version, devices in samples:
-        by_moment[at][version] = devices
+    for at, version, number in samples:
+        by_moment[at][version] = number
     moments = _moments(samples[0][0], now, step)
     states = _carried(sorted(by_moment.items()), moments)
     lines: dict[str, list[int]] = {}
@@ -400,90 +399,11 @@ def _shares(state: str, current: tuple[float, float, float]) -> tuple[float, flo
 
 
 # --- laggards -----------------------------------------------------------------------------------------------------
-def laggards(now: datetime) -> Laggards:
-    """Active devices that do not run their model's target, longest silent first, each with the reason why."""
-    standing = targets()
-    if not standing:
-        return Laggards(0, (), ())
-    total = sum(_lagging_total(standing).values())
-    found = [
-        _laggard(device, model, running, standing[model], statuses, now)
-        for device, model, running, statuses in _lagging(standing)
-    ]
-    reasons = Counter(row.kind for row in found).most_common()
-    return Laggards(total=total, rows=tuple(found[:LAGGARDS]), reasons=tuple(reasons))
-
-
-def _lagging_total(standing: Mapping[str, Rollout]) -> dict[str, int]:
-    running = _running_now()
-    return {
-        model: running[model].total() - running[model][rollout.release.version]
-        for model, rollout in standing.items()
-        if model in running
-    }
-
-
-def _lagging(standing: Mapping[str, Rollout]) -> Iterable[tuple[Device, str, str, dict[str, ModelStatus]]]:
-    behind = [
-        pk
-        for pk, runs in RunningSet.objects.values_list("pk", "runs")
-        if any(_version(runs.get(model)) != rollout.release.version for model, rollout in standing.items())
-    ]
-    rows = (
-        Device.objects.filter(Q(runs__in=behind) | Q(runs=None), state=Device.State.ACTIVE)
-        .select_related("runs")
-        .prefetch_related("statuses")
-        .order_by("last_seen", "name")
-    )
-    for device in rows[:LAGGARDS_READ]:
-        runs = device.runs.runs if device.runs else {}
-        statuses = {status.model: status for status in device.statuses.all()}
-        for model in device.model_names:
-            running = _version(runs.get(model))
-            if model in standing and running != standing[model].release.version:
-                yield device, model, running, statuses
-
-
-def _laggard(
-    device: Device, model: str, running: str, target: Rollout, statuses: Mapping[str, ModelStatus], now: datetime
-) -> Laggard:
-    kind, reason, since = _why(device, model, target, statuses.get(model), now)
-    return Laggard(device, model, running, target.release.version, kind, reason, since)
-
-
-def _why(
-    device: Device, model: str, target: Rollout, status: ModelStatus | None, now: datetime
-) -> tuple[str, str, datetime | None]:
-    """The first that applies: pinned, silent, what the device itself says, what the rollout does."""
-    if model in device.pins:
-        return "pinned", f"pinned to {device.pins[model]}", None
-    if device.last_seen is None:
-        return "never seen", "enrolled, but it has never polled", device.enrolled_at
-    if device.last_seen < now - timedelta(days=1):
-        return "offline", "not seen for more than a day", device.last_seen
-    if status and (said := _device_says(status, target)):
-        return said, status.reason or said, status.since
-    if target.state == Rollout.State.PAUSED:
-        return "paused", f"rollout #{target.pk} is paused", target.stage_since
-    if target.state == Rollout.State.RUNNING:
-        return "later stage", f"rollout #{target.pk} has reached stage {target.stage_index + 1}", target.stage_since
-    return "not reported", "assigned, and nothing heard of it yet", target.finished_at
-
-
-_ENDINGS = {"failed": "failed", "rolled_back": "rolled back", "refused": "refused"}
-_MOVING = {"downloading", "verifying", "testing", "activating", "probation"}
-
-
-def _device_says(status: ModelStatus, target: Rollout) -> str:
-    """What the last status means for the target, or "" when it says nothing about it."""
-    about = status.release.split("/")[1:2]
-    if about and about != [target.release.version]:
-        return ""
-    if status.state in _ENDINGS:
-        return _ENDINGS[status.state]
-    if status.state in _MOVING:
-        return "updating"
-    return "waiting" if status.state == "waiting" else ""
+def laggards() -> Laggards:
+    """Devices that do not run what is meant for them, longest silent first, and the reasons summed up."""
+    found = sorted(rollouts.laggards(), key=lambda row: (row.device.last_seen is not None, row.device.last_seen))
+    reasons = Counter(REASONS.get(row.why, row.why) for row in found)
+    return Laggards(total=len(found), rows=tuple(found[:LAGGARDS]), reasons=tuple(reasons.most_common()))
 
 
 # --- feedback, first steps ---------------------------------------------------------------------------------

@@ -10,8 +10,9 @@ from django.utils.html import format_html
 
 from fleet import presentation
 from fleet.dashboard import selectors
-from fleet.dashboard.selectors import History, Laggard, Laggards, ModelSpread, Presence
+from fleet.dashboard.selectors import History, Laggards, ModelSpread, Presence
 from fleet.feedback.models import Batch
+from fleet.rollouts.selectors import Laggard
 from fleet.trust import selectors as trust
 
 WINDOWS = {"24h": timedelta(hours=24), "7d": timedelta(days=7), "30d": timedelta(days=30)}
@@ -31,7 +32,7 @@ def first_page(request: HttpRequest, context: dict[str, Any]) -> dict[str, Any]:
             "presence": (presence := selectors.presence(now)),
             "presence_bar": _presence_bar(presence),
             "spreads": [spread_context(spread) for spread in selectors.spreads(now, WINDOWS[chosen])],
-            "laggards": (behind := selectors.laggards(now)),
+            "laggards": (behind := selectors.laggards()),
             "laggards_table": _laggards_table(behind),
         }
     if may("rollouts.view_rollout"):
@@ -76,9 +77,10 @@ def _laggards_table(laggards: Laggards) -> dict[str, Any]:
 
 
 def _laggard(row: Laggard) -> list[str]:
-    why = format_html('<span><span class="fleet-chip">{}</span> {}</span>', row.kind, row.reason)
-    since = presentation.ago(row.since) if row.since else "–"
-    return [presentation.link(row.device), row.model, row.running or "none", row.target, why, since]
+    kind = selectors.REASONS.get(row.why, row.why)
+    why = format_html('<span><span class="fleet-chip">{}</span> {}</span>', kind, row.detail)
+    since = presentation.ago(row.since) if row.since else "-"
+    return [presentation.link(row.device), row.model, row.runs or "none", row.target, why, since]
 
 
 def _batch(batch: Batch) -> list[str]:

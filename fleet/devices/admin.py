@@ -157,7 +157,7 @@ class DeviceAdmin(ReadOnlyAdmin):  # type: ignore[misc]  # unfold ships no types
                 lambda: services.approve(device=device, actor=adminkit.actor(request)),
                 done=f"{device} is approved.",
                 then="",
-            )  # noqa: B023
+            )
 
     @display(description="State", ordering="state", label=presentation.STATE_COLOURS)
     def state_label(self, device: Device) -> str:

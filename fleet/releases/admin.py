@@ -33,7 +33,7 @@ class ModelAdmin(KeptAdmin):  # type: ignore[misc]  # unfold ships no types
 
     @display(description="Newest valid release")
     def newest(self, model: Model) -> str:
-        return model.newest_version or "–"  # type: ignore[attr-defined, no-any-return]
+        return model.newest_version or "-"  # type: ignore[attr-defined, no-any-return]
 
     @display(description="Releases", ordering="releases_made")
     def releases_count(self, model: Model) -> int:

@@ -18,16 +18,11 @@ from fleet.rollouts.forms import RolloutForm
 from fleet.rollouts.models import Outcome, Rollout
 
 State = Rollout.State
-# What a person may do in each state: the buttons. `services` holds the real table and refuses the rest.
-OFFERED: dict[str, set[str]] = {
-    State.DRAFT: {"start", "cancel"},
-    State.AWAITING_APPROVAL: {"start", "cancel"},
-    State.RUNNING: {"pause", "cancel", "roll-back"},
-    State.PAUSED: {"resume", "cancel", "roll-back"},
-    State.HALTED: {"resume", "cancel"},
-    State.COMPLETED: {"roll-back"},
-    State.CANCELLED: set(),
-}
+
+
+def offered(state: str | None) -> set[str]:
+    """What a person may do in a state: the buttons. The table is the services', which have the last word."""
+    return {action for (before, action) in services.TRANSITIONS if before == state}
 
 
 @admin.register(Rollout)
@@ -51,7 +46,7 @@ class RolloutAdmin(KeptAdmin):  # type: ignore[misc]  # unfold ships no types
     readonly_fields = fields
     add_fieldsets = (
         (None, {"fields": ("release", "group")}),
-        ("Stages", {"fields": ("stages", "soak_minutes", "success_percent", "min_reports", "failure_budget")}),
+        ("Stages", {"fields": ("percents", "soak_minutes", "success_percent", "min_reports", "failure_budget")}),
         ("On the device", {"fields": ("on_failure", "urgent", "window_start", "window_end", "start_now")}),
     )
     change_form_outer_before_template = "dashboard/rollout.html"
@@ -66,8 +61,7 @@ class RolloutAdmin(KeptAdmin):  # type: ignore[misc]  # unfold ships no types
 
     def get_actions_detail(self, request: HttpRequest, object_id: Any) -> list[Any]:
         state = Rollout.objects.filter(pk=object_id).values_list("state", flat=True).first()
-        offered = OFFERED.get(state or "", set())
-        return [item for item in super().get_actions_detail(request, object_id) if item.path in offered]
+        return [item for item in super().get_actions_detail(request, object_id) if item.path in offered(state)]
 
     def get_queryset(self, request: HttpRequest) -> QuerySet[Rollout]:
         rows: QuerySet[Rollout] = super().get_queryset(request)
@@ -103,7 +97,7 @@ class RolloutAdmin(KeptAdmin):  # type: ignore[misc]  # unfold ships no types
     @action(
         description="Start",
         icon="play_arrow",
-        url_path="start",
+        url_path=services.START,
         variant=ActionVariant.PRIMARY,
         permissions=["operate"],
         dialog=dialog(
@@ -119,7 +113,7 @@ class RolloutAdmin(KeptAdmin):  # type: ignore[misc]  # unfold ships no types
     @action(
         description="Resume",
         icon="play_arrow",
-        url_path="resume",
+        url_path=services.RESUME,
         variant=ActionVariant.PRIMARY,
         permissions=["operate"],
         dialog=dialog("Resume this rollout?", "It goes on with the stage at which it stopped.", "Resume"),
@@ -130,7 +124,7 @@ class RolloutAdmin(KeptAdmin):  # type: ignore[misc]  # unfold ships no types
     @action(
         description="Pause",
         icon="pause",
-        url_path="pause",
+        url_path=services.PAUSE,
         permissions=["operate"],
         dialog=dialog(
             "Pause this rollout?",
@@ -144,7 +138,7 @@ class RolloutAdmin(KeptAdmin):  # type: ignore[misc]  # unfold ships no types
     @action(
         description="Roll back",
         icon="undo",
-        url_path="roll-back",
+        url_path=services.ROLL_BACK,
         variant=ActionVariant.DANGER,
         permissions=["operate"],
         dialog=dialog(
@@ -159,7 +153,7 @@ class RolloutAdmin(KeptAdmin):  # type: ignore[misc]  # unfold ships no types
     @action(
         description="Cancel",
         icon="close",
-        url_path="cancel",
+        url_path=services.CANCEL,
         permissions=["operate"],
         dialog=dialog(
             "Cancel this rollout for good?",
@@ -206,11 +200,11 @@ class RolloutAdmin(KeptAdmin):  # type: ignore[misc]  # unfold ships no types
     @display(description="Devices")
     def counts(self, rollout: Rollout) -> str:
         parts = [f"{number} {state}" for state in Outcome.State.values if (number := getattr(rollout, state))]
-        return ", ".join(parts) or "–"
+        return ", ".join(parts) or "-"
 
     @display(description="Created by")
     def by(self, rollout: Rollout) -> str:
-        return str(rollout.created_by or "–")
+        return str(rollout.created_by or "-")
 
     @display(description="Created")
     def made(self, rollout: Rollout) -> str:

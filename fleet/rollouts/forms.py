@@ -1,6 +1,7 @@
 """The form that proposes a rollout. Stages share their guards; the API takes each stage with its own."""
 
 from datetime import time
+from itertools import pairwise
 from typing import Any
 
 from django import forms
@@ -14,6 +15,7 @@ from unfold.widgets import (
 
 from fleet.devices.models import Group
 from fleet.releases.models import Release
+from fleet.rollouts import services
 from fleet.rollouts.models import Rollout
 
 
@@ -24,10 +26,11 @@ class RolloutForm(forms.ModelForm):  # type: ignore[type-arg]
     group = forms.ModelChoiceField(
         Group.objects.all(), required=False, empty_label="Every device", widget=UnfoldAdminSelectWidget
     )
-    stages = forms.CharField(
+    percents = forms.CharField(
+        label="Stages",
         initial="5, 25, 100",
         widget=UnfoldAdminTextInputWidget,
-        help_text="Percent of the group that each stage reaches, rising.",
+        help_text="Percent of the group that each stage reaches, rising to 100.",
     )
     soak_minutes = forms.IntegerField(
         initial=60, min_value=0, widget=UnfoldAdminIntegerFieldWidget, help_text="Shortest time in each stage."
@@ -70,14 +73,14 @@ class RolloutForm(forms.ModelForm):  # type: ignore[type-arg]
         model = Rollout
         fields = ("release", "group", "on_failure", "urgent")
 
-    def clean_stages(self) -> list[float]:
+    def clean_percents(self) -> list[float]:
         try:
-            percents = [float(part) for part in self.cleaned_data["stages"].replace("%", "").split(",")]
+            percents = [float(part) for part in self.cleaned_data["percents"].replace("%", "").split(",")]
         except ValueError as error:
             raise forms.ValidationError("expected numbers separated by commas, such as 5, 25, 100") from error
-        rising = all(a < b for a, b in zip(percents, percents[1:], strict=False))
-        if not rising or percents[0] <= 0 or percents[-1] > 100:
-            raise forms.ValidationError("expected rising numbers over 0 and up to 100")
+        rising = all(a < b for a, b in pairwise(percents))
+        if not rising or percents[0] <= 0 or percents[-1] != 100:
+            raise forms.ValidationError("expected rising numbers over 0, the last one 100")
         return percents
 
     def clean(self) -> dict[str, Any]:
@@ -101,7 +104,7 @@ class RolloutForm(forms.ModelForm):  # type: ignore[type-arg]
         return {
             "release": given["release"],
             "group": given["group"],
-            "stages": [{"percent": percent, **guards} for percent in given["stages"]],
+            "stages": [services.StagePlan(percent=percent, **guards) for percent in given["percents"]],
             "on_failure": given["on_failure"],
             "urgent": given["urgent"],
             "window": window,

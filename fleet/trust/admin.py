@@ -44,7 +44,7 @@ class RoleMetadataAdmin(ReadOnlyAdmin):  # type: ignore[misc]  # unfold ships no
         try:
             signatures = json.loads(role.content)["signatures"]
         except (ValueError, KeyError):
-            return "–"
+            return "-"
         return format_html(
             " ".join(["{}"] * len(signatures)), *(presentation.short(item["keyid"]) for item in signatures)
         )
