@@ -73,7 +73,7 @@ class Story:
         world = self.world
         with self.console.status("laying out the database"):
             world.open()
-        self.console.print(world.manage("trust_init").strip(), style="yellow", highlight=False)
+        self.console.print(world.manage_with_notes("trust_init").strip(), style="yellow", highlight=False)
         self.keys = world.var / "ci-keys"
         self.keys.mkdir(mode=0o700)
         for model in ("digits", "wine"):
