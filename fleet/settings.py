@@ -130,6 +130,7 @@ CELERY_BEAT_SCHEDULE: dict[str, dict[str, Any]] = {
     "feedback-sweep": {"task": "fleet.feedback.tasks.sweep", "schedule": SWEEP_SECONDS},
     "feedback-retention": {"task": "fleet.feedback.tasks.retention", "schedule": crontab(hour="4", minute="30")},
     "spread-history": {"task": "fleet.devices.tasks.record_spread", "schedule": SWEEP_SECONDS},
+    "device-retention": {"task": "fleet.devices.tasks.retention", "schedule": crontab(hour="4", minute="10")},
 }
 for _entry in CELERY_BEAT_SCHEDULE.values():
     # A worker that was busy or away does one of each when it is back, not all that it missed.
