@@ -252,6 +252,13 @@ SPECTACULAR_SETTINGS = {
     "DESCRIPTION": "Model releases, rollouts and feedback for devices.",
     "VERSION": "1",
     "SERVE_INCLUDE_SCHEMA": False,
+    "ENUM_NAME_OVERRIDES": {
+        "ReleaseState": "fleet.releases.models.Release.State",
+        "VariantState": "fleet.releases.models.Variant.State",
+        "DeviceState": "fleet.devices.models.Device.State",
+        "RolloutState": "fleet.rollouts.models.Rollout.State",
+        "BatchState": "fleet.feedback.models.Batch.State",
+    },
     "SWAGGER_UI_DIST": "SIDECAR",
     "SWAGGER_UI_FAVICON_HREF": "SIDECAR",
     "REDOC_DIST": "SIDECAR",
