@@ -92,9 +92,7 @@ def run(command, folder, environment):
 def start(text, folder, environment):
     command = ["bash", "-euo", "pipefail", "-c", f"exec {text}"]
     with (folder / "server.log").open("wb") as log:
-        server = subprocess.Popen(
-            command, cwd=folder, env=environment, stdout=log, stderr=log, start_new_session=True
-        )
+        server = subprocess.Popen(command, cwd=folder, env=environment, stdout=log, stderr=log, start_new_session=True)
     deadline = time.monotonic() + 60
     while time.monotonic() < deadline:
         try:
