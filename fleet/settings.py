@@ -28,7 +28,7 @@ CSRF_TRUSTED_ORIGINS: list[str] = env.list("FLEET_CSRF_TRUSTED_ORIGINS", [PUBLIC
 
 # --- processes of `manage.py serve` ------------------------------------------------------------------------------
 WEB_WORKERS: int = env.int("FLEET_WEB_WORKERS", 1)  # web processes; about one for each core
-WEB_THREADS: int = env.int("FLEET_WEB_THREADS", 8)  # requests that one web process works on at a time
+WEB_THREADS: int = env.int("FLEET_WEB_THREADS", 16)  # requests that one web process serves at a time
 TASK_WORKERS: int = env.int("FLEET_TASK_WORKERS", 2)  # processes that validate, ingest and tick
 
 # --- trust -------------------------------------------------------------------------------------------------------
@@ -105,7 +105,7 @@ CACHES: dict[str, Any] = {
         else {"BACKEND": "django.core.cache.backends.locmem.LocMemCache"}
     )
 }
-CELERY_BROKER_URL = REDIS_URL or "fleet-files://"  # see fleet/operations/broker.py
+CELERY_BROKER_URL = REDIS_URL or "fleet-files://localhost"  # see fleet/operations/broker.py
 if not REDIS_URL:
     _QUEUE = VAR / "queue"
     CELERY_BROKER_TRANSPORT_OPTIONS = {
