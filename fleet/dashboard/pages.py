@@ -15,6 +15,7 @@ from device_sdk.protocol.errors import ProtocolError
 from device_sdk.protocol.manifest import Manifest
 from fleet import presentation
 from fleet.dashboard import selectors
+from fleet.devices import selectors as devices
 from fleet.devices.models import Device, EnrolmentToken
 from fleet.errors import FleetError
 from fleet.releases.models import Model, Release, Variant
@@ -83,6 +84,8 @@ def outcomes(rollout: Rollout) -> dict[str, Any]:
 def device(row: Device) -> dict[str, Any]:
     events = list(row.events.exclude(kind="health")[: EVENTS + 1])
     return {
+        "seen": presentation.presence(row.last_seen, devices.offline_before()),
+        "labels": presentation.label_chips(row.labels),
         "models": _models_of(row),
         "events": events[:EVENTS],
         "more": len(events) > EVENTS,
@@ -198,7 +201,12 @@ def _facts(manifest: Manifest) -> list[tuple[str, str]]:
 
 
 def _shape(sizes: list[Any]) -> str:
-    return " × ".join("?" if size is None else str(size) for size in sizes) or "scalar"
+    return (
+        " × ".join(  # noqa: RUF001  # as people write it
+            "?" if size is None else str(size) for size in sizes
+        )
+        or "scalar"
+    )
 
 
 # --- enrolment ----------------------------------------------------------------------------------------------------

@@ -314,9 +314,9 @@ def _history(
     states = _carried(sorted(by_moment.items()), moments)
     lines: dict[str, list[int]] = {}
     for place, state in enumerate(states):
-        for version, devices in state.items():
+        for version, number in state.items():
             label = _line_label(version, colours)
-            lines.setdefault(label, [0] * len(moments))[place] += devices
+            lines.setdefault(label, [0] * len(moments))[place] += number
     series = {_line_label(version, colours): colour for version, colour in colours.items()}
     order = [*map(str, range(SERIES)), "other", "none"]
     return History(
@@ -437,7 +437,8 @@ def first_steps() -> list[Step]:
         Step(
             "Publish a release",
             "From CI, with an API token of the scope publish (Access, API tokens).",
-            f"fleet-publish push model.onnx --model detector --version 1.0.0 --server {settings.PUBLIC_URL} --key ci.key --wait",
+            "fleet-publish push model.onnx --model detector --version 1.0.0 "
+            f"--server {settings.PUBLIC_URL} --key ci.key --wait",
             Release.objects.exists(),
         ),
         Step(

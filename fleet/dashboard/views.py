@@ -40,10 +40,7 @@ def first_page(request: HttpRequest, context: dict[str, Any]) -> dict[str, Any]:
     if may("feedback.view_batch"):
         context |= {
             "batches": (batches := list(selectors.newest_batches())),
-            "batches_table": {
-                "headers": ["Model", "Device", "Samples", "State", "Announced"],
-                "rows": [_batch(b) for b in batches],
-            },
+            "batches_table": {"headers": _BATCH_HEADERS, "rows": [_batch(batch) for batch in batches]},
             "samples_today": selectors.samples_since(now - timedelta(hours=24)),
             "data_set_rows": selectors.data_set_rows(),
         }
@@ -72,7 +69,7 @@ def _presence_bar(presence: Presence) -> list[dict[str, Any]]:
 
 
 def _laggards_table(laggards: Laggards) -> dict[str, Any]:
-    headers = ["Device", "Model", "Runs", "Should run", "Why", "Since"]
+    headers = ["Device", "Runs", "Why", "Since"]
     return {"headers": headers, "rows": [_laggard(row) for row in laggards.rows]}
 
 
@@ -80,14 +77,22 @@ def _laggard(row: Laggard) -> list[str]:
     kind = selectors.REASONS.get(row.why, row.why)
     why = format_html('<span><span class="fleet-chip">{}</span> {}</span>', kind, row.detail)
     since = presentation.ago(row.since) if row.since else "-"
-    return [presentation.link(row.device), row.model, row.runs or "none", row.target, why, since]
+    runs = format_html(
+        '<span class="fleet-number">{} {} <span class="fleet-quiet">→ {}</span></span>',
+        row.model,
+        row.runs or "none",
+        row.target,
+    )
+    return [presentation.link(row.device), runs, why, since]
+
+
+_BATCH_HEADERS = ["Device", "Samples", "State", "When"]
 
 
 def _batch(batch: Batch) -> list[str]:
     dropped = f", {batch.dropped} dropped on the device" if batch.dropped else ""
     return [
-        presentation.link(batch, batch.model.name),
-        presentation.link(batch.device),
+        presentation.link(batch, f"{batch.device.name} {batch.model.name}"),
         f"{batch.samples} in {presentation.size(batch.length)}{dropped}",
         presentation.state(batch.state),
         presentation.ago(batch.announced_at),
@@ -102,10 +107,10 @@ def _chart(history: History) -> dict[str, Any]:
                 "label": line.label,
                 "data": line.points,
                 "borderColor": f"var(--series-{line.series})",
-                "backgroundColor": f"var(--series-{line.series})",
+                "backgroundColor": f"var(--fill-{line.series})",
                 "fill": True,
                 "stepped": True,
-                "borderWidth": 0,
+                "borderWidth": 1.5,
                 "pointStyle": False,
             }
             for line in reversed(history.lines)

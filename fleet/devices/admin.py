@@ -1,7 +1,7 @@
 """Devices, groups, enrolment tokens and events. What happened stays; devices are revoked, never deleted."""
 
-from collections.abc import Callable
 from datetime import timedelta
+from functools import partial
 from typing import Any, ClassVar
 
 from django.contrib import admin
@@ -64,13 +64,13 @@ class SeenFilter(DropdownFilter):  # type: ignore[misc]  # unfold ships no types
 
     def queryset(self, request: HttpRequest, queryset: QuerySet[Device]) -> QuerySet[Device]:
         day = timezone.now() - timedelta(days=1)
-        choices: dict[str, Callable[[], QuerySet[Device]]] = {
-            "online": lambda: queryset.filter(last_seen__gte=selectors.offline_before()),
-            "day": lambda: queryset.filter(last_seen__gte=day),
-            "silent": lambda: queryset.filter(last_seen__lt=day),
-            "never": lambda: queryset.filter(last_seen=None),
+        choices = {
+            "online": Q(last_seen__gte=selectors.offline_before()),
+            "day": Q(last_seen__gte=day),
+            "silent": Q(last_seen__lt=day),
+            "never": Q(last_seen=None),
         }
-        return choices.get(self.value() or "", lambda: queryset)()
+        return queryset.filter(choices.get(self.value() or "", Q()))
 
 
 @admin.register(Device)
@@ -78,21 +78,10 @@ class DeviceAdmin(ReadOnlyAdmin):  # type: ignore[misc]  # unfold ships no types
     list_display: ClassVar = ["name", "state_label", "running", "label_list", "sdk", "seen"]
     list_filter: ClassVar = [("state", ChoicesDropdownFilter), RunsFilter, SeenFilter]
     search_fields: ClassVar = ["name", "labels", "sdk"]
-    list_select_related: ClassVar = ["runs"]
-    fields = (
-        "name",
-        "state_label",
-        "running",
-        "model_list",
-        "label_list",
-        "pin_list",
-        "sdk",
-        "seen",
-        "enrolled",
-        "lost",
-    )
+    list_select_related: ClassVar = ["runs", "token"]
+    fields = ("model_list", "pin_list", "sdk", "enrolled_by", "enrolled", "lost")
     readonly_fields = fields
-    change_form_outer_after_template = "dashboard/device.html"
+    change_form_outer_before_template = "dashboard/device.html"
     actions: ClassVar = ["approve_selected"]
     actions_detail: ClassVar = ["approve", "revoke"]
 
@@ -152,12 +141,8 @@ class DeviceAdmin(ReadOnlyAdmin):  # type: ignore[misc]  # unfold ships no types
     @admin.action(description="Approve selected devices", permissions=["act"])
     def approve_selected(self, request: HttpRequest, queryset: QuerySet[Device]) -> None:
         for device in queryset.filter(state=Device.State.PENDING):
-            adminkit.perform(
-                request,
-                lambda: services.approve(device=device, actor=adminkit.actor(request)),
-                done=f"{device} is approved.",
-                then="",
-            )
+            approve = partial(services.approve, device=device, actor=adminkit.actor(request))
+            adminkit.perform(request, approve, done=f"{device} is approved.", then="")
 
     @display(description="State", ordering="state", label=presentation.STATE_COLOURS)
     def state_label(self, device: Device) -> str:
@@ -187,6 +172,10 @@ class DeviceAdmin(ReadOnlyAdmin):  # type: ignore[misc]  # unfold ships no types
     @display(description="Last seen", ordering="last_seen")
     def seen(self, device: Device) -> str:
         return presentation.presence(device.last_seen, selectors.offline_before())
+
+    @display(description="Enrolled with")
+    def enrolled_by(self, device: Device) -> str:
+        return presentation.link(device.token)
 
     @display(description="Enrolled")
     def enrolled(self, device: Device) -> str:

@@ -4,13 +4,14 @@ from typing import Any, ClassVar
 
 from django.contrib import admin
 from django.db.models import QuerySet, Sum
-from django.http import HttpRequest, HttpResponse
+from django.http import HttpRequest, StreamingHttpResponse
 from django.utils import timezone
 from unfold.contrib.filters.admin import ChoicesDropdownFilter, RelatedDropdownFilter
 from unfold.decorators import display
 
 from fleet import presentation
 from fleet.adminkit import KeptAdmin, ReadOnlyAdmin
+from fleet.feedback import exports, services
 from fleet.feedback.forms import CampaignForm
 from fleet.feedback.models import Batch, Campaign, DatasetPart
 
@@ -27,6 +28,18 @@ class CampaignAdmin(KeptAdmin):  # type: ignore[misc]  # unfold ships no types
         ("Sampling", {"fields": ("percent", "max_samples")}),
         ("Upload", {"fields": ("opens", "closes", "jitter_seconds")}),
     )
+
+    def get_readonly_fields(self, request: HttpRequest, obj: Campaign | None = None) -> Any:
+        """Another name or model is another campaign."""
+        return ("name", "model") if obj else ()
+
+    def save_model(self, request: HttpRequest, obj: Campaign, form: Any, change: bool) -> None:
+        if change:
+            services.change_campaign(campaign=obj, **form.terms())
+            return
+        given = form.cleaned_data
+        made = services.create_campaign(name=given["name"], model=given["model"], **form.terms())
+        obj.__dict__.update(made.__dict__)
 
     def get_queryset(self, request: HttpRequest) -> QuerySet[Campaign]:
         rows: QuerySet[Campaign] = super().get_queryset(request)
@@ -46,7 +59,7 @@ class CampaignAdmin(KeptAdmin):  # type: ignore[misc]  # unfold ships no types
     def window_text(self, campaign: Campaign) -> str:
         if campaign.window_start == campaign.window_end:
             return "any time"
-        return " to ".join(f"{m // 60:02}:{m % 60:02}" for m in (campaign.window_start, campaign.window_end))
+        return f"{presentation.clock(campaign.window_start)} to {presentation.clock(campaign.window_end)}"
 
     @display(description="Samples", ordering="brought")
     def samples(self, campaign: Campaign) -> int:
@@ -119,10 +132,12 @@ class DatasetPartAdmin(ReadOnlyAdmin):  # type: ignore[misc]  # unfold ships no 
     actions: ClassVar = ["download"]
 
     @admin.action(description="Download data set", permissions=["view"])
-    def download(self, request: HttpRequest, queryset: QuerySet[DatasetPart]) -> Any:
-        from fleet.feedback import services
-
-        return HttpResponse(services)
+    def download(self, request: HttpRequest, queryset: QuerySet[DatasetPart]) -> StreamingHttpResponse:
+        response = StreamingHttpResponse(
+            exports.export_zip(queryset.select_related("model")), content_type="application/zip"
+        )
+        response["Content-Disposition"] = f'attachment; filename="data-set-{timezone.localdate():%Y-%m-%d}.zip"'
+        return response
 
     @display(description="Data set", ordering="model")
     def part(self, part: DatasetPart) -> str:

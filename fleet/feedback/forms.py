@@ -39,10 +39,15 @@ class CampaignForm(forms.ModelForm):  # type: ignore[type-arg]
                 "closes": time(*divmod(self.instance.window_end, 60)),
             }
 
-    def save(self, commit: bool = True) -> Campaign:
+    def terms(self) -> dict[str, Any]:
+        """What the services take, beside name and model."""
         given = self.cleaned_data
-        self.instance.rate = given["percent"] / 100
-        self.instance.window_start = given["opens"].hour * 60 + given["opens"].minute
-        self.instance.window_end = given["closes"].hour * 60 + given["closes"].minute
-        campaign: Campaign = super().save(commit)
-        return campaign
+        return {
+            "active": given["active"],
+            "expires_at": given["expires_at"],
+            "rate": given["percent"] / 100,
+            "max_samples": given["max_samples"],
+            "window_start": given["opens"].hour * 60 + given["opens"].minute,
+            "window_end": given["closes"].hour * 60 + given["closes"].minute,
+            "jitter_seconds": given["jitter_seconds"],
+        }

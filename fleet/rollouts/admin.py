@@ -31,18 +31,7 @@ class RolloutAdmin(KeptAdmin):  # type: ignore[misc]  # unfold ships no types
     list_filter: ClassVar = [("state", ChoicesDropdownFilter), ("release__model", RelatedDropdownFilter)]
     search_fields: ClassVar = ["release__version", "release__model__name", "group__name"]
     list_select_related: ClassVar = ["release__model", "group", "created_by"]
-    fields = (
-        "name",
-        "to",
-        "on_failure",
-        "urgent",
-        "window_text",
-        "probation_text",
-        "by",
-        "made",
-        "started",
-        "finished",
-    )
+    fields = ("to", "on_failure", "install", "probation_text", "by", "started", "finished")
     readonly_fields = fields
     add_fieldsets = (
         (None, {"fields": ("release", "group")}),
@@ -50,7 +39,6 @@ class RolloutAdmin(KeptAdmin):  # type: ignore[misc]  # unfold ships no types
         ("On the device", {"fields": ("on_failure", "urgent", "window_start", "window_end", "start_now")}),
     )
     change_form_outer_before_template = "dashboard/rollout.html"
-    change_form_outer_after_template = "dashboard/rollout_history.html"
     actions_detail: ClassVar = ["start", "resume", "pause", "roll_back", "cancel"]
 
     def has_change_permission(self, request: HttpRequest, obj: Model | None = None) -> bool:
@@ -128,7 +116,7 @@ class RolloutAdmin(KeptAdmin):  # type: ignore[misc]  # unfold ships no types
         permissions=["operate"],
         dialog=dialog(
             "Pause this rollout?",
-            "No further device starts. Devices that have not activated the release are recalled; those that run it keep it.",
+            "No further device starts. Whoever has not activated the release is recalled; whoever runs it keeps it.",
             "Pause",
         ),
     )
@@ -206,10 +194,6 @@ class RolloutAdmin(KeptAdmin):  # type: ignore[misc]  # unfold ships no types
     def by(self, rollout: Rollout) -> str:
         return str(rollout.created_by or "-")
 
-    @display(description="Created")
-    def made(self, rollout: Rollout) -> str:
-        return presentation.ago(rollout.created_at)
-
     @display(description="Started", ordering="started_at")
     def started(self, rollout: Rollout) -> str:
         return presentation.ago(rollout.started_at, never="not yet")
@@ -218,11 +202,15 @@ class RolloutAdmin(KeptAdmin):  # type: ignore[misc]  # unfold ships no types
     def finished(self, rollout: Rollout) -> str:
         return presentation.ago(rollout.finished_at, never="not yet")
 
-    @display(description="Install window")
-    def window_text(self, rollout: Rollout) -> str:
+    @display(description="Devices install")
+    def install(self, rollout: Rollout) -> str:
+        if rollout.urgent:
+            return "at once: it is urgent"
         if not rollout.window:
-            return "any time"
-        return " to ".join(f"{m // 60:02}:{m % 60:02}" for m in (rollout.window["start"], rollout.window["end"]))
+            return "at any time"
+        return "from " + " to ".join(
+            f"{m // 60:02}:{m % 60:02}" for m in (rollout.window["start"], rollout.window["end"])
+        )
 
     @display(description="Probation")
     def probation_text(self, rollout: Rollout) -> str:

@@ -47,7 +47,9 @@ def visit(browser: Browser, live_server: Any) -> Iterator[Callable[..., Page]]:
     """Open a page as somebody: `visit("olga", "/admin/", width=375)`. Anything the console calls an error fails the test."""
     contexts, troubles = [], []
 
-    def open_page(user: str, path: str = "/admin/", *, width: int = 1440, height: int = 900, dark: bool = False) -> Page:
+    def open_page(
+        user: str, path: str = "/admin/", *, width: int = 1440, height: int = 900, dark: bool = False
+    ) -> Page:
         context = browser.new_context(
             viewport={"width": width, "height": height},
             color_scheme="dark" if dark else "light",

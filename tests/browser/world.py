@@ -26,7 +26,10 @@ from fleet.trust.models import RoleMetadata
 PASSWORD = "correct horse battery"
 SITES, HARDWARE = ("graz", "linz", "vienna"), ("jetson", "pi5", "x86")
 SPECS = {
-    "detector": ((("image", "float32", ("batch", 3, 320, 320)),), (("boxes", "float32", ("batch", 100, 4)), ("scores", "float32", ("batch", 100)))),
+    "detector": (
+        (("image", "float32", ("batch", 3, 320, 320)),),
+        (("boxes", "float32", ("batch", 100, 4)), ("scores", "float32", ("batch", 100))),
+    ),
     "keyword": ((("samples", "float32", ("batch", 16000)),), (("probabilities", "float32", ("batch", 12)),)),
     "vibration": ((("window", "float32", ("batch", 3, 2048)),), (("anomaly", "float32", ("batch",)),)),
 }
@@ -38,6 +41,10 @@ class World:
     running: Rollout
     halted: Rollout
     devices: list[Device]
+
+    def busy_device(self) -> Device:
+        """One that went all the way to the new release."""
+        return Outcome.objects.filter(rollout=self.running, state="committed").select_related("device")[0].device
 
 
 def people() -> None:
@@ -60,9 +67,17 @@ def build(now: datetime) -> World:
     _rollout(releases["detector", "1.3.1"], everyone, (10, 50, 100), Rollout.State.COMPLETED, now - timedelta(days=9))
     _rollout(releases["keyword", "2.0.0"], None, (100,), Rollout.State.COMPLETED, now - timedelta(days=12))
     _rollout(releases["vibration", "0.9.2"], None, (20, 100), Rollout.State.COMPLETED, now - timedelta(days=6))
-    running = _rollout(releases["detector", "1.4.0"], everyone, (10, 40, 75, 100), Rollout.State.RUNNING, now - timedelta(hours=5), at=2)
+    running = _rollout(
+        releases["detector", "1.4.0"],
+        everyone,
+        (10, 40, 75, 100),
+        Rollout.State.RUNNING,
+        now - timedelta(hours=5),
+        at=2,
+    )
     halted = _rollout(releases["keyword", "2.1.0"], None, (20, 100), Rollout.State.HALTED, now - timedelta(hours=30))
     _fare(now, dice, devices, running, halted)
+    _date_outcomes(now)
     _history(now)
     _feedback(now, dice, devices)
     return World(now, running, halted, devices)
@@ -138,7 +153,13 @@ def _devices(now: datetime, dice: random.Random) -> list[Device]:
     for number in range(40):
         listens = number % 10 == 9
         name = f"{'press' if listens else 'camera'}-{number + 1:03}"
-        state = Device.State.PENDING if number in (17, 18) else Device.State.REVOKED if number == 25 else Device.State.ACTIVE
+        state = (
+            Device.State.PENDING
+            if number in (17, 18)
+            else Device.State.REVOKED
+            if number == 25
+            else Device.State.ACTIVE
+        )
         silent = {3: timedelta(days=3), 12: timedelta(days=11), 21: timedelta(hours=5), 30: timedelta(hours=20)}
         device = Device.objects.create(
             name=name, state=state, token=token, sdk="0.1.0" if dice.random() < 0.8 else "0.0.9",
@@ -152,7 +173,9 @@ def _devices(now: datetime, dice: random.Random) -> list[Device]:
     return devices
 
 
-def _rollout(release: Release, group: Group | None, percents: tuple[float, ...], state: str, started: datetime, at: int = 0) -> Rollout:
+def _rollout(
+    release: Release, group: Group | None, percents: tuple[float, ...], state: str, started: datetime, at: int = 0
+) -> Rollout:
     author = User.objects.get(username="olga")
     done = state == Rollout.State.COMPLETED
     rollout = Rollout.objects.create(
@@ -201,16 +224,21 @@ def _fare(now: datetime, dice: random.Random, devices: list[Device], running: Ro
             continue
         if device.model_names == ["vibration"]:
             _runs(device, {"vibration": "0.9.1/default" if number == 39 else "0.9.2/default"})
-            _say(now, device, "vibration", "vibration/0.9.2/default", "committed", 5 * 24 * 60)
+            if number == 39:
+                _say(now, device, "vibration", "vibration/0.9.2/default", "downloading", 3)
+            else:
+                _say(now, device, "vibration", "vibration/0.9.2/default", "committed", 5 * 24 * 60)
             continue
         runs = {"detector": "1.3.1/default", "keyword": "2.0.0/default"}
-        if number in (6, 14):
+        if number in (31, 14):
             runs["detector"] = "1.2.0/int8"
         if cohort(halted.salt, device.name) < 2000 and failures < 3:
-            Outcome.objects.create(rollout=halted, device=device, state="failed", step="rolled_back", reason=FAILURES[failures])
+            Outcome.objects.create(
+                rollout=halted, device=device, state="failed", step="rolled_back", reason=FAILURES[failures]
+            )
             _say(now, device, "keyword", "keyword/2.1.0/default", "rolled_back", 26 * 60 + failures, FAILURES[failures])
             failures += 1
-        if cohort(running.salt, device.name) < 7500:
+        if cohort(running.salt, device.name) < 7500 and number not in (31, 14):
             _update(now, dice, device, runs, running)
         if number == 0:
             device.pins = {"detector": "1.3.1"}
@@ -225,7 +253,14 @@ def _update(now: datetime, dice: random.Random, device: Device, runs: dict[str, 
         return
     if roll < 0.55:
         runs["detector"] = "1.4.0/default"
-        for step, minutes in (("downloading", 9), ("verifying", 6), ("testing", 5), ("activating", 4), ("probation", 3), ("committed", 0)):
+        for step, minutes in (
+            ("downloading", 9),
+            ("verifying", 6),
+            ("testing", 5),
+            ("activating", 4),
+            ("probation", 3),
+            ("committed", 0),
+        ):
             _say(now, device, "detector", path, step, at + minutes, rollout=rollout)
         Outcome.objects.create(rollout=rollout, device=device, state="committed", step="committed")
     elif roll < 0.62:
@@ -233,10 +268,20 @@ def _update(now: datetime, dice: random.Random, device: Device, runs: dict[str, 
         Outcome.objects.create(rollout=rollout, device=device, state="failed", step="failed", reason=FAILURES[2])
     elif roll < 0.85:
         _say(now, device, "detector", path, "waiting", at, "window: opens at 01:00", rollout=rollout)
-        Outcome.objects.create(rollout=rollout, device=device, state="updating", step="waiting", reason="window: opens at 01:00")
+        Outcome.objects.create(
+            rollout=rollout, device=device, state="updating", step="waiting", reason="window: opens at 01:00"
+        )
     else:
         _say(now, device, "detector", path, "downloading", 2, rollout=rollout)
         Outcome.objects.create(rollout=rollout, device=device, state="updating", step="downloading")
+
+
+def _date_outcomes(now: datetime) -> None:
+    """An outcome changed when its device last spoke."""
+    for outcome in Outcome.objects.select_related("device", "rollout__release__model"):
+        said = DeviceEvent.objects.filter(device=outcome.device, model=outcome.rollout.release.model.name).first()
+        if said:
+            Outcome.objects.filter(pk=outcome.pk).update(changed_at=said.at, first_at=said.at)
 
 
 def _runs(device: Device, runs: dict[str, str]) -> None:
@@ -244,7 +289,16 @@ def _runs(device: Device, runs: dict[str, str]) -> None:
     device.save()
 
 
-def _say(now: datetime, device: Device, model: str, release: str, kind: str, minutes: int, reason: str = "", rollout: Rollout | None = None) -> None:
+def _say(
+    now: datetime,
+    device: Device,
+    model: str,
+    release: str,
+    kind: str,
+    minutes: int,
+    reason: str = "",
+    rollout: Rollout | None = None,
+) -> None:
     at = now - timedelta(minutes=minutes)
     identifier = sha256(f"{device.name}{release}{kind}".encode()).hexdigest()[:32]
     event = DeviceEvent.objects.create(
@@ -273,7 +327,9 @@ def _history(now: datetime) -> None:
     SpreadSample.objects.bulk_create(rows)
 
 
-def _moment(model: str, total: int, waves: list[tuple[str, int, int]], left: int, hours: int, now: datetime) -> list[SpreadSample]:
+def _moment(
+    model: str, total: int, waves: list[tuple[str, int, int]], left: int, hours: int, now: datetime
+) -> list[SpreadSample]:
     counts: dict[str, int] = {}
     for version, start, length in waves:
         share = 0.0 if hours > start else min(1.0, (start - hours + 1) / max(length, 1))
@@ -297,7 +353,9 @@ def _moment(model: str, total: int, waves: list[tuple[str, int, int]], left: int
 def _feedback(now: datetime, dice: random.Random, devices: list[Device]) -> None:
     model = Model.objects.get(name="detector")
     campaign = Campaign.objects.create(name="low-light", model=model, rate=0.02, expires_at=now + timedelta(days=20))
-    Campaign.objects.create(name="accents", model=Model.objects.get(name="keyword"), rate=0.005, expires_at=now - timedelta(days=2))
+    Campaign.objects.create(
+        name="accents", model=Model.objects.get(name="keyword"), rate=0.005, expires_at=now - timedelta(days=2)
+    )
     for number in range(14):
         device = devices[number]
         digest = sha256(f"batch{number}".encode()).hexdigest()

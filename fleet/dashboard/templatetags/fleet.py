@@ -6,6 +6,7 @@ from django import template
 
 from fleet import presentation
 from fleet.dashboard import pages, selectors
+from fleet.rollouts import services
 from fleet.rollouts.models import Rollout
 
 register = template.Library()
@@ -48,19 +49,28 @@ def words(value: str) -> str:
     return value.replace("_", " ").replace("-", " ").capitalize()
 
 
-_ACTION_TONES = {
-    "halt": "danger",
-    "roll": "danger",
-    "canc": "danger",
-    "paus": "warning",
-    "star": "info",
-    "comp": "success",
+# What the history of a rollout says of an action, and in which colour.
+_ACTIONS = {
+    services.CREATE: ("Created", ""),
+    services.START: ("Started", "info"),
+    services.PAUSE: ("Paused", "warning"),
+    services.RESUME: ("Resumed", "info"),
+    services.CANCEL: ("Cancelled", "danger"),
+    services.ROLL_BACK: ("Rolled back", "danger"),
+    services.ADVANCE: ("Advanced", "success"),
+    services.COMPLETE: ("Completed", "success"),
+    services.HALT: ("Halted", "danger"),
 }
 
 
 @register.filter
+def done(action: str) -> str:
+    return _ACTIONS.get(action, (words(action), ""))[0]
+
+
+@register.filter
 def action_tone(action: str) -> str:
-    return _ACTION_TONES.get(action[:4], "")
+    return _ACTIONS.get(action, ("", ""))[1]
 
 
 register.simple_tag(pages.guards, name="rollout_guards")
