@@ -12,6 +12,8 @@ from typing import Any
 from celery.schedules import crontab
 from environs import Env
 
+from fleet.dashboard.unfold import UNFOLD as UNFOLD
+
 env = Env()
 BASE_DIR = Path(__file__).resolve().parent.parent
 
@@ -175,6 +177,7 @@ MIDDLEWARE = [
     "django.middleware.csrf.CsrfViewMiddleware",
     "django.contrib.auth.middleware.AuthenticationMiddleware",
     "django.contrib.messages.middleware.MessageMiddleware",
+    "fleet.dashboard.middleware.ViewerTimeZone",
     "django.middleware.clickjacking.XFrameOptionsMiddleware",
     "django_prometheus.middleware.PrometheusAfterMiddleware",
 ]

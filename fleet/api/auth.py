@@ -3,6 +3,7 @@
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from knox.auth import TokenAuthentication
+from rest_framework.exceptions import AuthenticationFailed
 from rest_framework.permissions import BasePermission, DjangoModelPermissions
 
 from fleet.accounts.models import OPERATE, PUBLISH, READ, ApiToken
@@ -17,6 +18,11 @@ class ApiTokenAuthentication(TokenAuthentication):  # type: ignore[misc]  # knox
 
     def authenticate_header(self, request: "Request") -> str:
         return "Bearer"
+
+    def authenticate_credentials(self, token: bytes) -> Any:
+        if not token.isascii():  # knox would raise UnicodeDecodeError: a 500 for the asking
+            raise AuthenticationFailed("Invalid token.")
+        return super().authenticate_credentials(token)
 
 
 class ModelPermissions(DjangoModelPermissions):
