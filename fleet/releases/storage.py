@@ -75,11 +75,11 @@ def presigned_get(name: str) -> str:
     return str(store().url(name))
 
 
-def presigned_put(name: str) -> str:
-    """A URL that lets its bearer write one object for a while. S3 only."""
+def presigned_put(name: str, *, length: int) -> str:
+    """A URL that lets its bearer write one object of exactly `length` bytes for a while. S3 only."""
     storage = cast("Any", store())
     client = storage.connection.meta.client
-    parameters = {"Bucket": storage.bucket_name, "Key": name}
+    parameters = {"Bucket": storage.bucket_name, "Key": name, "ContentLength": length}
     return str(client.generate_presigned_url("put_object", Params=parameters, ExpiresIn=settings.PRESIGNED_SECONDS))
 
 
