@@ -121,6 +121,7 @@ class Home:
 def write_durably(path: Path, data: bytes, *, mode: int = 0o600) -> None:
     """Replace a small file: temp, fsync, rename, fsync of the directory. Old or new, never half."""
     temporary = path.with_name(f".{path.name}.tmp")
+    temporary.unlink(missing_ok=True)  # a planted link must not be what gets written through
     descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW, mode)
     with os.fdopen(descriptor, "wb") as file:
         file.write(data)

@@ -12,6 +12,8 @@ from typing import Any
 from celery.schedules import crontab
 from environs import Env
 
+from fleet.dashboard.unfold import UNFOLD as UNFOLD
+
 env = Env()
 BASE_DIR = Path(__file__).resolve().parent.parent
 
@@ -51,6 +53,8 @@ VALIDATION_SECONDS: int = env.int("FLEET_VALIDATION_SECONDS", 120)  # in which a
 VALIDATION_MEMORY: int = env.int("FLEET_VALIDATION_MEMORY", 4 * 1024**3)  # bytes of address space for the loader
 PRESIGNED_SECONDS: int = env.int("FLEET_PRESIGNED_SECONDS", 900)  # that a presigned URL is good for
 BATCH_RETENTION_DAYS: int = env.int("FLEET_BATCH_RETENTION_DAYS", 30)  # raw batches; data sets are kept
+# Received batches wait this long for company, so that data sets get few, large files. 0: the next sweep takes them.
+COMPACT_SECONDS: float = env.float("FLEET_COMPACT_SECONDS", 0.0)
 TICK_SECONDS: float = env.float("FLEET_TICK_SECONDS", 5.0)  # between looks at rollouts: how late a guard can halt
 SWEEP_SECONDS: float = env.float("FLEET_SWEEP_SECONDS", 30.0)  # between searches for work that was left undone
 
@@ -128,6 +132,7 @@ CELERY_BEAT_SCHEDULE: dict[str, dict[str, Any]] = {
     "feedback-sweep": {"task": "fleet.feedback.tasks.sweep", "schedule": SWEEP_SECONDS},
     "feedback-retention": {"task": "fleet.feedback.tasks.retention", "schedule": crontab(hour="4", minute="30")},
     "spread-history": {"task": "fleet.devices.tasks.record_spread", "schedule": SWEEP_SECONDS},
+    "device-retention": {"task": "fleet.devices.tasks.retention", "schedule": crontab(hour="4", minute="10")},
 }
 for _entry in CELERY_BEAT_SCHEDULE.values():
     # A worker that was busy or away does one of each when it is back, not all that it missed.
@@ -172,6 +177,7 @@ MIDDLEWARE = [
     "django.middleware.csrf.CsrfViewMiddleware",
     "django.contrib.auth.middleware.AuthenticationMiddleware",
     "django.contrib.messages.middleware.MessageMiddleware",
+    "fleet.dashboard.middleware.ViewerTimeZone",
     "django.middleware.clickjacking.XFrameOptionsMiddleware",
     "django_prometheus.middleware.PrometheusAfterMiddleware",
 ]
@@ -249,6 +255,13 @@ SPECTACULAR_SETTINGS = {
     "DESCRIPTION": "Model releases, rollouts and feedback for devices.",
     "VERSION": "1",
     "SERVE_INCLUDE_SCHEMA": False,
+    "ENUM_NAME_OVERRIDES": {
+        "ReleaseState": "fleet.releases.models.Release.State",
+        "VariantState": "fleet.releases.models.Variant.State",
+        "DeviceState": "fleet.devices.models.Device.State",
+        "RolloutState": "fleet.rollouts.models.Rollout.State",
+        "BatchState": "fleet.feedback.models.Batch.State",
+    },
     "SWAGGER_UI_DIST": "SIDECAR",
     "SWAGGER_UI_FAVICON_HREF": "SIDECAR",
     "REDOC_DIST": "SIDECAR",

@@ -8,6 +8,8 @@ from device_sdk.protocol.errors import ProtocolError
 from device_sdk.protocol.names import ReleasePath, check_model, check_sha256
 
 DAY_MINUTES = 24 * 60
+MAX_SAMPLES = 10**7
+MAX_JITTER_SECONDS = 86_400
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,14 +47,22 @@ class Probation:
     max_error_rate: float = 0.0
     max_invalid_rate: float = 0.0
 
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "calls": self.calls,
+            "seconds": fields.decimal(self.seconds),
+            "max_error_rate": fields.decimal(self.max_error_rate),
+            "max_invalid_rate": fields.decimal(self.max_invalid_rate),
+        }
+
     @classmethod
     def parse(cls, value: object) -> "Probation":
         item = fields.as_object(value, "probation")
         return cls(
             calls=fields.take_int(item, "calls", high=10**9),
-            seconds=fields.take_number(item, "seconds", low=0, high=30 * 86_400),
-            max_error_rate=fields.take_number(item, "max_error_rate", low=0, high=1),
-            max_invalid_rate=fields.take_number(item, "max_invalid_rate", low=0, high=1),
+            seconds=fields.take_decimal(item, "seconds", low=0, high=30 * 86_400),
+            max_error_rate=fields.take_decimal(item, "max_error_rate", low=0, high=1),
+            max_invalid_rate=fields.take_decimal(item, "max_invalid_rate", low=0, high=1),
         )
 
 
@@ -67,16 +77,19 @@ class Sampling:
     window: Window = ALWAYS
     jitter_seconds: int = 0
 
+    def to_json(self) -> dict[str, Any]:
+        return {**asdict(self), "rate": fields.decimal(self.rate)}
+
     @classmethod
     def parse(cls, value: object) -> "Sampling":
         item = fields.as_object(value, "sampling")
         return cls(
             campaign=fields.take_text(item, "campaign", limit=64),
-            rate=fields.take_number(item, "rate", low=0, high=1),
-            max_samples=fields.take_int(item, "max_samples", high=10**7),
+            rate=fields.take_decimal(item, "rate", low=0, high=1),
+            max_samples=fields.take_int(item, "max_samples", high=MAX_SAMPLES),
             expires=fields.take_int(item, "expires", high=2**40),
             window=Window.parse(item.get("window")),
-            jitter_seconds=fields.take_int(item, "jitter_seconds", high=86_400),
+            jitter_seconds=fields.take_int(item, "jitter_seconds", high=MAX_JITTER_SECONDS),
         )
 
 
@@ -98,14 +111,14 @@ class Assignment:
     sampling: Sampling | None = None
 
     def to_custom(self) -> dict[str, Any]:
-        """The TUF `custom` object."""
+        """The TUF `custom` object. Signed, hence without fractions: they stand as text."""
         return {
             "release": str(self.release) if self.release else None,
             "rollout": self.rollout,
             "urgent": self.urgent,
             "window": asdict(self.window),
-            "probation": asdict(self.probation),
-            "sampling": asdict(self.sampling) if self.sampling else None,
+            "probation": self.probation.to_json(),
+            "sampling": self.sampling.to_json() if self.sampling else None,
         }
 
     @classmethod

@@ -2,12 +2,15 @@
 
 import json
 import math
+import re
 from collections.abc import Mapping
 from typing import Any
 
 from device_sdk.protocol.errors import ProtocolError
 
 Json = Mapping[str, Any]
+
+_DECIMAL = re.compile(r"\d{1,20}(\.\d{1,20})?(e[+-]?\d{1,3})?")
 
 
 def parse_object(data: bytes | str, *, limit: int, what: str) -> dict[str, Any]:
@@ -63,6 +66,19 @@ def take_number(source: Json, name: str, *, low: float, high: float, default: fl
     if not good or not low <= value <= high:
         raise ProtocolError("malformed", f"{name}: expected a number from {low} to {high}; got {_shown(value)}")
     return float(value)
+
+
+def decimal(value: float) -> str:
+    """A fraction as text: what TUF signs is canonical JSON, which has no fractions."""
+    return repr(float(value))
+
+
+def take_decimal(source: Json, name: str, *, low: float, high: float) -> float:
+    """Read what `decimal` wrote; a plain number will do."""
+    value = source.get(name)
+    if isinstance(value, str) and _DECIMAL.fullmatch(value):
+        value = float(value)
+    return take_number({name: value}, name, low=low, high=high)
 
 
 def take_bool(source: Json, name: str, *, default: bool = False) -> bool:

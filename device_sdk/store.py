@@ -1,0 +1,547 @@
+"""The device's model store: content-addressed blobs, manifests, and one small state file that is switched atomically.
+
+    blobs/<sha256>             appears only by rename, after the hash check and an fsync
+    incoming/<sha256>.part     a download in progress; resumable, never loaded
+    manifests/<sha256>.json    the bytes that CI signed, named by their own hash; <sha256>.bad: rejected here, for ever
+    loading/<n>/<file name>    hard links by which a runtime finds a release's files under their own names
+    state.json                 {generation, models: {active, previous, trial, starts}} and a checksum
+
+The order is blobs, manifest, state; each is written aside, synced, renamed, and its directory synced, so that a power
+cut leaves the old or the new, never a mixture. Every file operation goes through `FileOps`, so that a test can cut
+after each. One process writes; the client sees to that.
+
+Refuses: names from the wire as paths, symbolic links, anything whose hash is not its name. Knows nothing of trust.
+"""
+
+import contextlib
+import errno
+import hashlib
+import itertools
+import os
+import shutil
+import stat
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from threading import RLock
+from typing import BinaryIO, Self
+
+from device_sdk.errors import ModelError, StorageError, UntrustedError
+from device_sdk.protocol import fields, limits
+from device_sdk.protocol.errors import ProtocolError
+from device_sdk.protocol.manifest import FileEntry, Manifest, digest
+from device_sdk.protocol.names import check_model, check_sha256
+
+CHUNK = 1024 * 1024
+ENTRY_BYTES_LIMIT = 64 * limits.MIB  # above it, holding the file beside the session costs more than it protects
+_STATE_LIMIT = 1024 * 1024
+_FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
+_NO_LINKS = frozenset({errno.EPERM, errno.EOPNOTSUPP, errno.EMLINK, errno.EXDEV, errno.ENOSYS})
+
+
+class FileOps:
+    """Every operation by which the store touches the disk. Plain, unbuffered, following no symbolic link."""
+
+    def mkdir(self, path: Path) -> None:
+        path.mkdir(mode=0o700, exist_ok=True)
+
+    def write(self, path: Path, data: bytes) -> None:
+        """Create or replace the content of `path`; durable only after `sync`."""
+        _write_all(path, data, os.O_TRUNC)
+
+    def append(self, path: Path, data: bytes) -> None:
+        _write_all(path, data, os.O_APPEND)
+
+    def sync(self, path: Path) -> None:
+        _fsync(path, os.O_RDONLY | os.O_NOFOLLOW)
+
+    def sync_directory(self, path: Path) -> None:
+        _fsync(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_DIRECTORY)
+
+    def rename(self, source: Path, target: Path) -> None:
+        source.replace(target)
+
+    def link(self, source: Path, target: Path) -> None:
+        os.link(source, target, follow_symlinks=False)
+
+    def unlink(self, path: Path) -> None:
+        path.unlink(missing_ok=True)
+
+    def remove_tree(self, path: Path) -> None:
+        shutil.rmtree(path, ignore_errors=True)
+
+    def open(self, path: Path) -> BinaryIO:
+        """Open a regular file for reading. Non-blocking, so that a planted pipe cannot hang the device."""
+        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            os.close(descriptor)
+            raise OSError(errno.EINVAL, "not a regular file", str(path))
+        return os.fdopen(descriptor, "rb", buffering=0)
+
+    def names(self, path: Path) -> list[str]:
+        return sorted(entry.name for entry in path.iterdir())
+
+
+@dataclass(frozen=True, slots=True)
+class ModelState:
+    """Manifests by sha256. `trial`: in probation, not yet kept; `starts`: process starts that the trial has seen."""
+
+    active: str | None = None
+    previous: str | None = None
+    trial: str | None = None
+    starts: int = 0
+
+    @property
+    def kept(self) -> frozenset[str]:
+        return frozenset(sha for sha in (self.active, self.previous, self.trial) if sha)
+
+    @classmethod
+    def parse(cls, value: object) -> "ModelState":
+        item = fields.as_object(value, "state")
+        names = {name: item.get(name) for name in ("active", "previous", "trial")}
+        checked = {name: None if sha is None else check_sha256(sha, name) for name, sha in names.items()}
+        return cls(**checked, starts=fields.take_int(item, "starts", high=2**31))
+
+    def to_json(self) -> dict[str, object]:
+        return {"active": self.active, "previous": self.previous, "trial": self.trial, "starts": self.starts}
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedFiles:
+    """A release's files, verified just now. Load at once, then `close`: an open session needs the links no more.
+
+    `entry_bytes` are the very bytes that were hashed; None where the entry is large or refers to files beside it, and
+    is to be loaded from `entry_path`.
+    """
+
+    manifest: Manifest
+    directory: Path
+    entry_path: Path
+    entry_bytes: bytes | None
+    store: "Store"
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        self.store.release_files(self.directory)
+
+
+class Store:
+    """See the module's docstring. Raises StorageError (`disk_full`, `missing`, `storage`) and UntrustedError."""
+
+    def __init__(self, directory: Path, ops: FileOps | None = None) -> None:
+        self._ops = ops or FileOps()
+        self._directory = directory
+        self._blobs = directory / "blobs"
+        self._incoming = directory / "incoming"
+        self._manifests = directory / "manifests"
+        self._loading = directory / "loading"
+        self._state_file = directory / "state.json"
+        self._lock = RLock()
+        self._verified: dict[str, tuple[int, ...]] = {}  # blob to the file identity that was hashed, in this process
+        self._open: set[Path] = set()
+        self._serial = itertools.count(1)
+        with _storage_errors("prepare the store"):
+            self._prepare()
+        self._generation, self._states = self._read_state()
+
+    # State
+
+    def models(self) -> frozenset[str]:
+        """Every model that the state knows or that a manifest on disk is of."""
+        with self._lock:
+            return frozenset(self._states) | {manifest.path.model for _, manifest in self._manifests_newest_first()}
+
+    def state(self, model: str) -> ModelState:
+        return self._states.get(check_model(model), ModelState())
+
+    def begin_trial(self, model: str, sha: str) -> None:
+        """Make `sha` what `current` answers, on trial. Raises unless it is whole, of this model and not rejected."""
+        with self._lock:
+            if self.manifest(sha).path.model != model:
+                raise UntrustedError(f"{sha} is not a release of {model}", code="wrong_model")
+            if self.is_bad(sha):
+                raise ModelError(f"{sha} was rejected on this device: {self.bad_reason(sha)}", code="bad_release")
+            if not self.has(sha):
+                raise StorageError(f"cannot try {sha}: not all its files are here", code="missing")
+            self._switch(model, replace(self.state(model), trial=sha, starts=0))
+
+    def count_start(self, model: str) -> int:
+        """Count one process start against the trial, durably, before it is loaded. 0 where there is no trial."""
+        with self._lock:
+            state = self.state(model)
+            if state.trial is None:
+                return 0
+            self._switch(model, replace(state, starts=state.starts + 1))
+            return state.starts + 1
+
+    def commit(self, model: str) -> None:
+        """Keep the trial: it becomes active, and what was active becomes the one to fall back to."""
+        with self._lock:
+            state = self.state(model)
+            if state.trial is None:
+                raise ValueError(f"commit: no trial of {model}")
+            previous = state.previous if state.active == state.trial else state.active
+            self._switch(model, ModelState(active=state.trial, previous=previous))
+
+    def reject(self, model: str, sha: str, reason: str) -> None:
+        """Never run `sha` again, and switch back from it.
+
+        The mark comes first: were the state switched first and lost later, recovery would take the rejected release
+        for the newest good one.
+        """
+        with self._lock, _storage_errors(f"reject {sha}"):
+            mark = self._manifests / f"{check_sha256(sha)}.bad"
+            self._write_durably(mark, reason.encode()[: limits.REASON_CHARS])
+            state = _without(self.state(model), sha)
+            if state != self.state(model):
+                self._switch(model, state)
+
+    def is_bad(self, sha: str) -> bool:
+        return os.path.lexists(self._manifests / f"{check_sha256(sha)}.bad")
+
+    def bad_reason(self, sha: str) -> str:
+        with _storage_errors(f"read why {sha} is bad"):
+            return self._read(self._manifests / f"{check_sha256(sha)}.bad", limits.REASON_CHARS).decode(
+                errors="replace"
+            )
+
+    def current(self, model: str) -> str | None:
+        """What to run now: the trial, else active, else previous, else the newest manifest that is whole.
+
+        Each candidate's files are hashed (once in this process, while the files stay as they are); rejected ones are
+        passed over. None: nothing here can be run, fetch again.
+        """
+        with self._lock:
+            for sha in self._candidates(check_model(model)):
+                if not self.is_bad(sha) and self._is_sound(sha):
+                    return sha
+            return None
+
+    # Files
+
+    def add_manifest(self, data: bytes) -> str:
+        """Keep a manifest under its own hash. The caller has verified that it is signed."""
+        try:
+            Manifest.parse(data)
+        except ProtocolError as error:
+            raise UntrustedError(f"manifest: {error.message}", code="bad_manifest") from error
+        sha = digest(data)
+        with self._lock, _storage_errors(f"keep manifest {sha}"):
+            if self._try_manifest(sha) is None:
+                self._write_durably(self._manifests / f"{sha}.json", data)
+        return sha
+
+    def manifest(self, sha: str) -> Manifest:
+        """Read a manifest; its bytes must still have the hash that names it."""
+        with _storage_errors(f"read manifest {sha}"):
+            data = self._read(self._manifests / f"{check_sha256(sha)}.json", limits.MANIFEST)
+        if digest(data) != sha:
+            raise UntrustedError(f"manifest {sha} was changed on disk to {digest(data)}", code="hash_mismatch")
+        return Manifest.parse(data)
+
+    def has(self, sha: str) -> bool:
+        """Whether the manifest and all its files are here, whole. Cheap: a file gets its name only after its hash."""
+        manifest = self._try_manifest(sha)
+        return manifest is not None and all(self.has_blob(file) for file in manifest.files)
+
+    def has_blob(self, file: FileEntry) -> bool:
+        try:
+            status = os.lstat(self._blobs / file.sha256)
+        except OSError:
+            return False
+        return stat.S_ISREG(status.st_mode) and status.st_size == file.length
+
+    def incoming(self, sha: str) -> Path:
+        return self._incoming / f"{check_sha256(sha, 'blob')}.part"
+
+    def partial_length(self, sha: str) -> int:
+        """How many bytes of a blob have come so far; what is not a plain file counts as nothing and is removed."""
+        path = self.incoming(sha)
+        with _storage_errors(f"look at {path.name}"):
+            try:
+                status = os.lstat(path)
+            except FileNotFoundError:
+                return 0
+            if stat.S_ISREG(status.st_mode):
+                return status.st_size
+            self._ops.unlink(path)
+            return 0
+
+    def append(self, sha: str, data: bytes) -> None:
+        """Add to a partial download. StorageError `disk_full` leaves what has come, to be resumed."""
+        with _storage_errors(f"write {sha}"):
+            self._ops.append(self.incoming(sha), data)
+
+    def discard(self, sha: str) -> None:
+        with _storage_errors(f"discard {sha}"):
+            self._ops.unlink(self.incoming(sha))
+
+    def admit(self, sha: str, length: int) -> None:
+        """Turn a complete download into a blob: hash the whole file, sync, rename, sync the directory.
+
+        Raises UntrustedError `hash_mismatch`, and deletes the partial file, when it is not what was signed.
+        """
+        path = self.incoming(sha)
+        with self._lock, _storage_errors(f"admit {sha}"):
+            found, size = self._hash(path)
+            if (found, size) != (sha, length):
+                self._ops.unlink(path)
+                message = f"expected {length} bytes with sha256 {sha}; got {size} bytes with {found}"
+                raise UntrustedError(message, code="hash_mismatch")
+            self._ops.sync(path)
+            self._ops.rename(path, self._blobs / sha)
+            self._ops.sync_directory(self._blobs)
+
+    def open(self, sha: str) -> LoadedFiles:
+        """Hash every file of a release again and lay them out under their own names, in a fresh private directory.
+
+        Raises UntrustedError `hash_mismatch` when a file was changed since it was admitted; that file is deleted, so
+        that it is fetched again.
+        """
+        with self._lock:
+            manifest = self.manifest(sha)
+            directory = self._loading / f"{os.getpid()}-{next(self._serial)}"
+            with _storage_errors(f"open {sha}"):
+                self._ops.mkdir(directory)
+                self._open.add(directory)
+                try:
+                    return self._lay_out(manifest, directory)
+                except BaseException:
+                    self.release_files(directory)
+                    raise
+
+    def release_files(self, directory: Path) -> None:
+        with self._lock:
+            self._open.discard(directory)
+            self._ops.remove_tree(directory)
+
+    def collect_garbage(self, *, wanted: Iterable[Manifest] = ()) -> None:
+        """Delete what no model runs, tries, or could fall back to. `wanted`: releases whose download goes on."""
+        with self._lock, _storage_errors("collect garbage"):
+            kept = self._kept()
+            blobs = {f.sha256 for sha in kept for f in self._files_of(sha)}
+            expected = blobs | {file.sha256 for manifest in wanted for file in manifest.files}
+            self._sweep(self._blobs, expected)
+            self._sweep(self._incoming, {f"{sha}.part" for sha in expected})
+            marks = {name for name in self._ops.names(self._manifests) if name.endswith(".bad")}
+            self._sweep(self._manifests, {f"{sha}.json" for sha in kept} | marks)
+            for name in self._ops.names(self._loading):
+                if self._loading / name not in self._open:
+                    self._ops.remove_tree(self._loading / name)
+
+    # Parts
+
+    def _prepare(self) -> None:
+        self._directory.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        for folder in (self._directory, self._blobs, self._incoming, self._manifests, self._loading):
+            self._ops.mkdir(folder)
+            status = os.lstat(folder)
+            if not stat.S_ISDIR(status.st_mode):
+                raise OSError(errno.ENOTDIR, "expected a directory of our own, not a link", str(folder))
+            if stat.S_IMODE(status.st_mode) & 0o077:
+                folder.chmod(0o700)
+        self._ops.sync_directory(self._directory)
+
+    def _read_state(self) -> tuple[int, dict[str, ModelState]]:
+        """A state that is missing or fails its checksum is no state: `current` recovers from the manifests."""
+        try:
+            item = fields.parse_object(self._read(self._state_file, _STATE_LIMIT), limit=_STATE_LIMIT, what="state")
+            body = fields.take_object(item, "state")
+            if item.get("sha256") != digest(fields.canonical(body)):
+                return 0, {}
+            models = fields.take_object(body, "models")
+            states = {check_model(model): ModelState.parse(value) for model, value in models.items()}
+            return fields.take_int(body, "generation", high=2**62), states
+        except (OSError, ProtocolError):
+            return 0, {}
+
+    def _switch(self, model: str, state: ModelState) -> None:
+        """Replace one model's state on disk, then in memory: what could not be written has not happened."""
+        states: Mapping[str, ModelState] = {**self._states, check_model(model): state}
+        models = {name: each.to_json() for name, each in states.items()}
+        body = {"generation": self._generation + 1, "models": models}
+        with _storage_errors(f"switch the state of {model}"):
+            data = fields.canonical({"state": body, "sha256": digest(fields.canonical(body))})
+            self._write_durably(self._state_file, data)
+        self._generation, self._states = self._generation + 1, dict(states)
+
+    def _write_durably(self, path: Path, data: bytes) -> None:
+        temporary = path.with_name(f".{path.name}.tmp")
+        self._ops.unlink(temporary)  # a planted link must not be what gets written through
+        self._ops.write(temporary, data)
+        self._ops.sync(temporary)
+        self._ops.rename(temporary, path)
+        self._ops.sync_directory(path.parent)
+
+    def _candidates(self, model: str) -> Iterator[str]:
+        state = self.state(model)
+        known = [sha for sha in (state.trial, state.active, state.previous) if sha]
+        yield from known
+        for sha, manifest in self._manifests_newest_first():
+            if manifest.path.model == model and sha not in known:
+                yield sha
+
+    def _manifests_newest_first(self) -> list[tuple[str, Manifest]]:
+        """By the time of writing, as a last resort only: it is asked when state is lost."""
+        with _storage_errors("list manifests"):
+            names = [name for name in self._ops.names(self._manifests) if name.endswith(".json")]
+        found = []
+        for name in names:
+            sha = name.removesuffix(".json")
+            manifest = self._try_manifest(sha)
+            if manifest is not None:
+                found.append((os.lstat(self._manifests / name).st_mtime_ns, sha, manifest))
+        return [(sha, manifest) for _, sha, manifest in sorted(found, key=lambda item: item[:2], reverse=True)]
+
+    def _try_manifest(self, sha: str) -> Manifest | None:
+        try:
+            return self.manifest(sha)
+        except (StorageError, UntrustedError, ProtocolError):
+            return None
+
+    def _files_of(self, sha: str) -> tuple[FileEntry, ...]:
+        manifest = self._try_manifest(sha)
+        return manifest.files if manifest else ()
+
+    def _is_sound(self, sha: str) -> bool:
+        manifest = self._try_manifest(sha)
+        return manifest is not None and all(self._blob_is_sound(file) for file in manifest.files)
+
+    def _blob_is_sound(self, file: FileEntry) -> bool:
+        if not self.has_blob(file):
+            return False
+        path = self._blobs / file.sha256
+        try:
+            identity = _identity(os.lstat(path))
+            if self._verified.get(file.sha256) != identity:
+                self._check_blob(path, file)
+                self._verified[file.sha256] = identity
+        except (OSError, UntrustedError):
+            return False
+        return True
+
+    def _check_blob(self, path: Path, file: FileEntry) -> None:
+        found, size = self._hash(path)
+        if (found, size) != (file.sha256, file.length):
+            self._drop(file, found)
+
+    def _drop(self, file: FileEntry, found: str) -> None:
+        """A blob that is not its name is worth nothing: delete it, so that the next update fetches it again."""
+        self._verified.pop(file.sha256, None)
+        self._ops.unlink(self._blobs / file.sha256)
+        raise UntrustedError(f"{file.name}: expected sha256 {file.sha256}; the disk gave {found}", code="hash_mismatch")
+
+    def _lay_out(self, manifest: Manifest, directory: Path) -> LoadedFiles:
+        in_memory = len(manifest.files) == 1 and manifest.length <= ENTRY_BYTES_LIMIT
+        entry_bytes: bytes | None = None
+        for file in manifest.files:
+            target = directory / file.name
+            self._link(self._blobs / file.sha256, target)
+            if in_memory:
+                entry_bytes = self._read(target, file.length)
+                if digest(entry_bytes) != file.sha256:
+                    self._drop(file, digest(entry_bytes))
+            else:
+                self._check_blob(target, file)
+        return LoadedFiles(
+            manifest=manifest,
+            directory=directory,
+            entry_path=directory / manifest.entry,
+            entry_bytes=entry_bytes,
+            store=self,
+        )
+
+    def _link(self, source: Path, target: Path) -> None:
+        """A hard link, or a copy where the file system has none."""
+        try:
+            self._ops.link(source, target)
+        except OSError as error:
+            if error.errno not in _NO_LINKS:
+                raise
+            self._ops.write(target, b"")
+            with self._ops.open(source) as file:
+                for chunk in _chunks(file):
+                    self._ops.append(target, chunk)
+
+    def _kept(self) -> set[str]:
+        """Also what `current` answers: after a lost state it stands in no state."""
+        kept = {sha for state in self._states.values() for sha in state.kept}
+        current = {self.current(model) for model in self.models()}
+        return kept | {sha for sha in current if sha}
+
+    def _sweep(self, folder: Path, keep: set[str]) -> None:
+        for name in self._ops.names(folder):
+            if name not in keep:
+                self._ops.unlink(folder / name)
+
+    def _read(self, path: Path, limit: int) -> bytes:
+        with self._ops.open(path) as file:
+            return b"".join(_chunks(file, limit + 1))[: limit + 1]
+
+    def _hash(self, path: Path) -> tuple[str, int]:
+        hasher, size = hashlib.sha256(), 0
+        with self._ops.open(path) as file:
+            for chunk in _chunks(file):
+                hasher.update(chunk)
+                size += len(chunk)
+        return hasher.hexdigest(), size
+
+
+def _without(state: ModelState, sha: str) -> ModelState:
+    """The state after `sha` was rejected: the trial is dropped, or the active release gives way to the previous."""
+    if state.trial == sha:
+        state = replace(state, trial=None, starts=0)
+    if state.active == sha:
+        state = replace(state, active=state.previous, previous=None)
+    if state.previous == sha:
+        state = replace(state, previous=None)
+    return state
+
+
+def _chunks(file: BinaryIO, limit: int | None = None) -> Iterator[bytes]:
+    left = limit
+    while left is None or left > 0:
+        chunk = file.read(CHUNK if left is None else min(CHUNK, left))
+        if not chunk:
+            return
+        left = None if left is None else left - len(chunk)
+        yield chunk
+
+
+def _identity(status: os.stat_result) -> tuple[int, ...]:
+    return (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
+
+
+def _write_all(path: Path, data: bytes, how: int) -> None:
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC | how, 0o600)
+    try:
+        view = memoryview(data)
+        while view:
+            view = view[os.write(descriptor, view) :]
+    finally:
+        os.close(descriptor)
+
+
+def _fsync(path: Path, flags: int) -> None:
+    descriptor = os.open(path, flags | os.O_CLOEXEC)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextlib.contextmanager
+def _storage_errors(what: str) -> Iterator[None]:
+    """The border: no OSError leaves the store."""
+    try:
+        yield
+    except FileNotFoundError as error:
+        raise StorageError(f"cannot {what}: {error.filename} is not there", code="missing") from error
+    except OSError as error:
+        code = "disk_full" if error.errno in _FULL else "storage"
+        raise StorageError(f"cannot {what}: {error.strerror or error}", code=code) from error
