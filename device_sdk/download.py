@@ -5,7 +5,7 @@ Nothing here trusts the network: a partial file is only ever a guess, until `Sto
 
 import re
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from device_sdk.errors import TransferError, UntrustedError
@@ -39,7 +39,7 @@ def fetch(
     """
     ends = time.monotonic() + deadline
     meter = _Meter(manifest.length, on_progress)
-    for file in {file.sha256: file for file in manifest.files}.values():
+    for file in manifest.files:
         if not store.has_blob(file):
             _fetch_file(transport, store, file, meter, ends)
         meter.finished(file)
