@@ -5,7 +5,7 @@ Nothing here trusts the network: a partial file is only ever a guess, until `Sto
 
 import re
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from device_sdk.errors import TransferError, UntrustedError

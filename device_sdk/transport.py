@@ -182,8 +182,10 @@ class Transport:
             request.headers.update(self._headers(url, exchange))
             request.prepare_body(exchange.rewound_body(), None)
             self._check_host(request.url or "")  # after requests has rewritten it
-            settings = self._session.merge_environment_settings(request.url, {}, True, None, None)
-            return self._session.send(request, timeout=min(self._timeout, left), allow_redirects=False, **settings)
+            found = self._session.merge_environment_settings(request.url, {}, True, None, None)
+            settings: dict[str, Any] = {**found, "timeout": min(self._timeout, left)}
+            # Not Session.send: it looks at where a redirect leads, and trips over hostile ones.
+            return self._session.get_adapter(request.url or "").send(request, **settings)
         except _FAULTS as error:
             raise _no_answer(url, error, ends=exchange.ends) from error
         finally:
@@ -247,9 +249,13 @@ class _EndsInTime(HTTPConnection):
         timer.daemon = True
         timer.start()
         try:
-            return super().getresponse()
+            response = super().getresponse()
         finally:
             timer.cancel()
+        if _ends_at.get() <= time.monotonic():
+            response.close()
+            raise TimeoutError("headers did not end in time")  # http.client takes the cut for their end
+        return response
 
     def _cut(self) -> None:
         with contextlib.suppress(OSError):
@@ -351,7 +357,8 @@ def _refuse_odd_status(response: requests.Response) -> None:
 
 def _refuse_portal(response: requests.Response) -> None:
     """The log-in page of a hotel's network answers 200 to anything: no answer of ours, and worth trying again."""
-    if _is_page(response):
+    empty = response.status_code in {204, 304} or response.headers.get("Content-Length") == "0"
+    if _is_page(response) and not empty:
         raise TransferError(f"{_place(response.url)}: a web page answered, not the server", code="captive_portal")
 
 

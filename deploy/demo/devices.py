@@ -28,7 +28,7 @@ FIRST_MODEL_DEADLINE = 60.0  # seconds for the first install
 
 @dataclass
 class Counts:
-    """What became of the calls of one camera or sensor. `failed`: run() raised. `began`: of the call in flight, or 0."""
+    """What became of the calls of one feed. `failed`: run() raised. `began`: of the call in flight, or 0."""
 
     attempted: int = 0
     answered: int = 0
@@ -99,7 +99,9 @@ def main() -> None:
         name = f"camera-{number:03d}"
         home = options.homes / name
         labels = {"site": SITES[number % 3], "hardware": HARDWARE[number // 3 % 3]}
-        enrol(home, provision=options.provision, name=name, labels=labels)
+        home.mkdir(parents=True, exist_ok=True)
+        write_durably(home / "provision.json", options.provision.read_bytes())
+        enrol(home, name, labels)
         fleet = Fleet.open(home, intra_op_threads=1)
         fleet.start()
         fleets.append(fleet)

@@ -73,7 +73,7 @@ class Story:
         world = self.world
         with self.console.status("laying out the database"):
             world.open()
-        self.console.print(world.manage("trust_init").strip(), style="yellow", highlight=False)
+        self.console.print(world.manage_with_notes("trust_init").strip(), style="yellow", highlight=False)
         self.keys = world.var / "ci-keys"
         self.keys.mkdir(mode=0o700)
         for model in ("digits", "wine"):
@@ -85,12 +85,12 @@ class Story:
         self.say(f"the server answers at {world.url}")
 
     def _create_people(self) -> None:
-        self.world.manage("create_operator", OPERATOR, "--password", self.world.password, "--superuser")
-        operate = self.world.manage("api_token", "demo operator", "--user", OPERATOR, "--scope", "operate", "--bare")
-        self.ci_token = self.world.manage(
-            "api_token", "demo ci", "--user", OPERATOR, "--scope", "publish", "--bare"
-        ).strip()
-        self.api = Api(self.world.url, operate.strip())
+        self.world.manage("createsuperuser", "--noinput", "--username", OPERATOR, "--email", "operator@example.com")
+        self.api = Api(self.world.url, self._token("operate"))
+        self.ci_token = self._token("publish")
+
+    def _token(self, scope: str) -> str:
+        return self.world.manage("api_token", f"demo {scope}", "--user", OPERATOR, "--scope", scope).strip()
 
     # --- 2 -----------------------------------------------------------------------------------------------------------
     def push_first_models(self) -> None:
@@ -225,9 +225,8 @@ class Story:
 
     # --- 6 -----------------------------------------------------------------------------------------------------------
     def show_admin(self) -> None:
-        self.console.print(
-            f"[bold]{self.world.url}/admin/[/]   user [bold]{OPERATOR}[/]   password [bold]{self.world.password}[/]"
-        )
+        self.console.print(f"  [bold]{self.world.url}/admin/[/]")
+        self.console.print(f"  user [bold]{OPERATOR}[/], password [bold]{self.world.password}[/]")
         self.console.print(f"API: {self.world.url}/api/docs/   logs: {self.world.var / 'logs'}")
 
     # --- telling -----------------------------------------------------------------------------------------------------

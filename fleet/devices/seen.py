@@ -73,7 +73,7 @@ class Flusher:
         self._thread: threading.Thread | None = None
 
     def ensure(self) -> None:
-        if settings.LAST_SEEN_FLUSH <= 0 or self._thread is not None:
+        if self._thread is not None:
             return
         with self._lock:
             if self._thread is None:

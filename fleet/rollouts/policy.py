@@ -146,7 +146,10 @@ def _assign(
 
 @dataclass(frozen=True, slots=True)
 class StageRules:
-    """A stage as its author wrote it, and when it began. `success_threshold` is a fraction of the admitted."""
+    """A stage as its author wrote it, and when it began. `success_threshold` is a fraction of the admitted.
+
+    Zero reports at a threshold of zero needs no device at all: for the first release of a model.
+    """
 
     percent: float
     soak_seconds: float
@@ -238,13 +241,13 @@ def _soak(stage: StageRules, now: datetime) -> str:
 
 
 def _reports(stage: StageRules, tally: Tally) -> str:
-    reports, needed = tally.committed + tally.failed, max(stage.min_reports, 1)
-    return f"waiting for reports: {reports} of {needed}" if reports < needed else ""
+    reports = tally.committed + tally.failed
+    return f"waiting for reports: {reports} of {stage.min_reports}" if reports < stage.min_reports else ""
 
 
 def _share(stage: StageRules, tally: Tally) -> str:
     admitted = max(tally.admitted or 0, tally.committed + tally.failed)
-    needed = max(math.ceil(stage.success_threshold * admitted - 1e-9), 1)
+    needed = math.ceil(stage.success_threshold * admitted - 1e-9)
     if tally.committed < needed:
         return f"waiting for success: {tally.committed} of {admitted} committed, {needed} needed"
     return ""

@@ -337,7 +337,7 @@ def _check_stages(stages: Sequence[StagePlan]) -> None:
     for plan in stages:
         counts = (plan.soak_seconds, plan.min_reports, plan.failure_budget)
         share = plan.success_threshold
-        if min(counts) < 0 or plan.min_reports < 1 or not (isfinite(share) and 0 <= share <= 1):
+        if min(counts) < 0 or not (isfinite(share) and 0 <= share <= 1):
             raise Invalid(
                 "stages_malformed", f"stages: expected whole numbers, and a threshold from 0 to 1; got {plan}"
             )
