@@ -61,7 +61,8 @@ def announce(*, device: Device, head: BatchHead) -> tuple[Batch, bool]:
 
 def find(*, device: Device, batch_id: str) -> Batch:
     """A batch of this device. Another device's is as unknown as one that does not exist."""
-    batch = Batch.objects.filter(device=device, batch_id=batch_id).select_related("device", "model").first()
+    rows = Batch.objects.filter(device=device, batch_id=batch_id).select_related("device", "model")
+    batch = rows.first() if batch_id.isascii() and batch_id.isalnum() else None  # the address may hold anything
     if batch is None:
         raise NotFound("unknown_batch", f"device {device.name} announced no batch {batch_id!r:.40}")
     return batch

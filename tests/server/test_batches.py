@@ -259,6 +259,18 @@ def test_no_credential_no_batch(world, data):
         assert refusal(answer) == (401, "unauthorized")
 
 
+@pytest.mark.parametrize("batch_id", ["%00" * 32, "%ff", "a" * 31, "A" * 32], ids=str)
+def test_an_address_that_holds_no_batch_id_is_not_found(world, batch_id):
+    assert refusal(complete(world.device, batch_id)) == (404, "unknown_batch")
+    assert refusal(put(world.device, b"x", batch_id)) == (404, "unknown_batch")
+
+
+@pytest.mark.parametrize("text", ["a\0b", "\ud800"], ids=ascii)
+def test_text_that_no_database_can_keep_is_refused(world, data, text):
+    answer = announce(world.device, head(data, batch_id=ID).to_json() | {"campaign": text})
+    assert refusal(answer)[0] == 400
+
+
 def test_other_methods_are_refused(world):
     assert refusal(Client().get(URL, headers=bearer(world.device))) == (405, "method_not_allowed")
 
