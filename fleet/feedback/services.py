@@ -22,6 +22,7 @@ from django.db.models import Q
 from django.utils import timezone
 
 from device_sdk.protocol.batches import BatchHead
+from device_sdk.protocol.fields import plain
 from fleet.devices.models import Device
 from fleet.errors import Conflict, Invalid, NotFound, TooLarge
 from fleet.feedback import datasets, parsing, selectors
@@ -225,7 +226,7 @@ def _read_or_reject(batch: Batch) -> Mapping[datasets.Cell, list[datasets.Row]] 
     try:
         return _read(batch)
     except Invalid as error:
-        reason = f"{error.code}: {error.message}"[:1000]
+        reason = plain(f"{error.code}: {error.message}"[:1000])
         if Batch.objects.filter(pk=batch.pk, state=State.RECEIVED).update(state=State.REJECTED, reason=reason):
             logger.warning("batch_rejected", batch=batch.batch_id, device=batch.device.name, reason=reason)
         return None
