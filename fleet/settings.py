@@ -30,7 +30,7 @@ CSRF_TRUSTED_ORIGINS: list[str] = env.list("FLEET_CSRF_TRUSTED_ORIGINS", [PUBLIC
 
 # --- processes of `manage.py serve` ------------------------------------------------------------------------------
 WEB_WORKERS: int = env.int("FLEET_WEB_WORKERS", 1)  # web processes; about one for each core
-WEB_THREADS: int = env.int("FLEET_WEB_THREADS", 8)  # requests that one web process works on at a time
+WEB_THREADS: int = env.int("FLEET_WEB_THREADS", 16)  # requests that one web process serves at a time
 TASK_WORKERS: int = env.int("FLEET_TASK_WORKERS", 2)  # processes that validate, ingest and tick
 
 # --- trust -------------------------------------------------------------------------------------------------------
@@ -107,7 +107,7 @@ CACHES: dict[str, Any] = {
         else {"BACKEND": "django.core.cache.backends.locmem.LocMemCache"}
     )
 }
-CELERY_BROKER_URL = REDIS_URL or "fleet-files://"  # see fleet/operations/broker.py
+CELERY_BROKER_URL = REDIS_URL or "fleet-files://localhost"  # see fleet/operations/broker.py
 if not REDIS_URL:
     _QUEUE = VAR / "queue"
     CELERY_BROKER_TRANSPORT_OPTIONS = {
@@ -132,6 +132,7 @@ CELERY_BEAT_SCHEDULE: dict[str, dict[str, Any]] = {
     "feedback-sweep": {"task": "fleet.feedback.tasks.sweep", "schedule": SWEEP_SECONDS},
     "feedback-retention": {"task": "fleet.feedback.tasks.retention", "schedule": crontab(hour="4", minute="30")},
     "spread-history": {"task": "fleet.devices.tasks.record_spread", "schedule": SWEEP_SECONDS},
+    "device-retention": {"task": "fleet.devices.tasks.retention", "schedule": crontab(hour="4", minute="10")},
 }
 for _entry in CELERY_BEAT_SCHEDULE.values():
     # A worker that was busy or away does one of each when it is back, not all that it missed.
@@ -254,6 +255,13 @@ SPECTACULAR_SETTINGS = {
     "DESCRIPTION": "Model releases, rollouts and feedback for devices.",
     "VERSION": "1",
     "SERVE_INCLUDE_SCHEMA": False,
+    "ENUM_NAME_OVERRIDES": {
+        "ReleaseState": "fleet.releases.models.Release.State",
+        "VariantState": "fleet.releases.models.Variant.State",
+        "DeviceState": "fleet.devices.models.Device.State",
+        "RolloutState": "fleet.rollouts.models.Rollout.State",
+        "BatchState": "fleet.feedback.models.Batch.State",
+    },
     "SWAGGER_UI_DIST": "SIDECAR",
     "SWAGGER_UI_FAVICON_HREF": "SIDECAR",
     "REDOC_DIST": "SIDECAR",

@@ -86,7 +86,7 @@ def parts() -> Findings:
     """What runs on one machine only. A small production site may want that: warnings, not errors."""
     if not settings.PRODUCTION:
         return
-    if settings.DATABASES["default"]["ENGINE"].endswith("sqlite3"):
+    if database_engine().endswith("sqlite3"):
         yield Warning(
             "The database is SQLite.", hint="Set FLEET_DATABASE_URL=postgres://… for several machines.", id="fleet.W002"
         )
@@ -106,3 +106,7 @@ def intervals() -> Findings:
     for name in POSITIVE:
         if getattr(settings, name) <= 0:
             yield Error(f"FLEET_{name} must be over 0.", hint="Leave it out for the default.", id="fleet.E008")
+
+
+def database_engine() -> str:
+    return str(settings.DATABASES["default"]["ENGINE"])
