@@ -46,7 +46,7 @@ class UserAdmin(DjangoUserAdmin, ModelAdmin):  # type: ignore[misc,type-arg]  # 
 
 
 @admin.register(Group)
-class PermissionGroupAdmin(DjangoGroupAdmin, ModelAdmin):  # type: ignore[misc,type-arg]  # unfold ships no types
+class PermissionGroupAdmin(DjangoGroupAdmin, ModelAdmin):  # type: ignore[misc]  # unfold ships no types
     pass
 
 

@@ -74,12 +74,12 @@ class SeenFilter(DropdownFilter):  # type: ignore[misc]  # unfold ships no types
 
 
 @admin.register(Device)
-class DeviceAdmin(ReadOnlyAdmin):  # type: ignore[misc]  # unfold ships no types
-    list_display: ClassVar = ["name", "state_label", "running", "label_list", "sdk", "seen"]
+class DeviceAdmin(ReadOnlyAdmin):
+    list_display: ClassVar = ["name", "state_label", "running", "label_list", "sdk_version", "seen"]
     list_filter: ClassVar = [("state", ChoicesDropdownFilter), RunsFilter, SeenFilter]
     search_fields: ClassVar = ["name", "labels", "sdk"]
     list_select_related: ClassVar = ["runs", "token"]
-    fields = ("model_list", "pin_list", "sdk", "enrolled_by", "enrolled", "lost")
+    fields = ("model_list", "pin_list", "sdk_version", "enrolled_by", "enrolled", "lost")
     readonly_fields = fields
     change_form_outer_before_template = "dashboard/device.html"
     actions: ClassVar = ["approve_selected"]
@@ -173,6 +173,10 @@ class DeviceAdmin(ReadOnlyAdmin):  # type: ignore[misc]  # unfold ships no types
     def seen(self, device: Device) -> str:
         return presentation.presence(device.last_seen, selectors.offline_before())
 
+    @display(description="SDK", ordering="sdk")
+    def sdk_version(self, device: Device) -> str:
+        return device.sdk or "-"
+
     @display(description="Enrolled with")
     def enrolled_by(self, device: Device) -> str:
         return presentation.link(device.token)
@@ -199,7 +203,7 @@ class GroupAdmin(ModelAdmin):  # type: ignore[misc]  # unfold ships no types
 
 
 @admin.register(EnrolmentToken)
-class EnrolmentTokenAdmin(KeptAdmin):  # type: ignore[misc]  # unfold ships no types
+class EnrolmentTokenAdmin(KeptAdmin):
     """The token's text is shown once, with the provisioning file, on the page that makes it."""
 
     list_display: ClassVar = ["name", "standing", "used", "model_list", "label_list", "expires", "created_by"]
@@ -303,7 +307,7 @@ class EnrolmentTokenAdmin(KeptAdmin):  # type: ignore[misc]  # unfold ships no t
 
 
 @admin.register(DeviceEvent)
-class DeviceEventAdmin(ReadOnlyAdmin):  # type: ignore[misc]  # unfold ships no types
+class DeviceEventAdmin(ReadOnlyAdmin):
     list_display: ClassVar = ["happened", "device_link", "kind_label", "release", "reason"]
     list_filter: ClassVar = ["kind", "model"]
     search_fields: ClassVar = ["device__name", "release", "reason"]

@@ -26,7 +26,7 @@ def offered(state: str | None) -> set[str]:
 
 
 @admin.register(Rollout)
-class RolloutAdmin(KeptAdmin):  # type: ignore[misc]  # unfold ships no types
+class RolloutAdmin(KeptAdmin):
     list_display: ClassVar = ["name", "to", "state_label", "stage", "counts", "started", "by"]
     list_filter: ClassVar = [("state", ChoicesDropdownFilter), ("release__model", RelatedDropdownFilter)]
     search_fields: ClassVar = ["release__version", "release__model__name", "group__name"]
