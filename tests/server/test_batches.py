@@ -78,7 +78,9 @@ def test_a_batch_is_announced_uploaded_and_received(world, data, local):
     assert files_under(local / "incoming") == []
 
 
-def test_received_wakes_the_ingest_task_once_it_is_committed(world, data, monkeypatch, django_capture_on_commit_callbacks):
+def test_received_wakes_the_ingest_task_once_it_is_committed(
+    world, data, monkeypatch, django_capture_on_commit_callbacks
+):
     woken: list[int] = []
     monkeypatch.setattr(tasks.ingest, "delay", woken.append)
     announce(world.device, head(data, batch_id=ID))
