@@ -140,10 +140,7 @@ def _inputs(model: "Model", path: Path) -> dict[str, Any]:
     import numpy as np
 
     try:
-        if path.suffix == ".json":
-            value = json.loads(path.read_bytes())
-        else:
-            value = np.load(path, allow_pickle=False)
+        value = json.loads(path.read_bytes()) if path.suffix == ".json" else np.load(path, allow_pickle=False)
     except (OSError, ValueError) as error:
         raise SetupError(f"cannot read {path}: {error}") from error
     specs = model.inputs

@@ -34,6 +34,7 @@ from device_sdk.protocol.names import ReleasePath, check_file_name, check_model,
 ROLE_LIFETIME = timedelta(days=180)
 CHUNK = 8 * 1024 * 1024  # bytes in one PUT; what a broken line costs at most
 TRIES = 6
+BACKOFF = 0.5  # seconds before the second try; doubles
 TIMEOUT = (10.0, 300.0)  # seconds to connect, and without a byte
 OK, USAGE, REFUSED, FAILED, INVALID = 0, 2, 3, 4, 5
 _DTYPES = {"float": "float32", "double": "float64", "string": "object"}
@@ -97,7 +98,7 @@ class Server:
             answer = self._call("PUT", where, body=chunk, headers=headers, allowed={"wrong_offset", "upload_busy"})
             if answer.status_code != 409 or "Upload-Offset" in answer.headers:
                 return answer
-            self._pause(min(0.5 * 2**attempt, 10.0))  # another runner uploads the same file
+            self._pause(min(BACKOFF * 2**attempt, 10.0))  # another runner uploads the same file
         raise _error(answer)
 
     def _call(
@@ -119,7 +120,7 @@ class Server:
             except TransferError as error:
                 if not is_retryable(error) or attempt == TRIES - 1:
                     raise
-                self._pause(error.retry_after or min(0.5 * 2**attempt, 30.0))
+                self._pause(error.retry_after or min(BACKOFF * 2**attempt, 30.0))
         raise AssertionError("unreachable")
 
     def _send(

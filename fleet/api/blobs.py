@@ -14,7 +14,7 @@ from fleet.errors import NotFound, Unavailable
 from fleet.releases import selectors, storage
 
 CHUNK = 256 * 1024
-_RANGE = re.compile(r"bytes=(\d{0,18})-(\d{0,18})")
+_RANGE = re.compile(r"bytes=([0-9]{0,18})-([0-9]{0,18})")
 
 
 class UnsatisfiableError(ValueError):

@@ -99,9 +99,10 @@ def _spec(item: Any) -> dict[str, Any]:
 def _plain(error: Exception, memory: int) -> str:
     """The library's words, without our temporary folder in them, and bounded."""
     text = " ".join(str(error).split()) or type(error).__name__
+    text = text.replace(str(Path(sys.argv[1]).parent) + "/", "")
     if "bad_alloc" in text or "Failed to allocate memory" in text:
         return f"it needs more than the {memory // 1024**2} MiB of memory that validation allows ({text[:200]})"
-    return text.replace(str(Path(sys.argv[1]).parent) + "/", "")[:800]
+    return text[:800]
 
 
 if __name__ == "__main__":

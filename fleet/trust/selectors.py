@@ -76,7 +76,7 @@ def metadata_file(device: Device, name: str) -> str | None:
     prefix, _, role = name.removesuffix(".json").partition(".")
     if name == "timestamp.json":
         return DeviceView.objects.filter(device=device).values_list("timestamp", flat=True).first()
-    if not prefix.isascii() or not prefix.isdigit() or len(prefix) > 18:
+    if not name.endswith(".json") or not prefix.isascii() or not prefix.isdigit() or len(prefix) > 18:
         return None
     version = int(prefix)
     if role in {DIRECTOR, "snapshot"}:

@@ -34,15 +34,19 @@ def reason_of(registry: Registry, files: dict[str, bytes], **extra: Any) -> str:
     return str(release["reason"])
 
 
+def stored() -> bytes:
+    with storage.open_object(storage.blob_name(NAME)) as file:
+        return file.read()
+
+
 def bomb(elements: int) -> bytes:
-    """A few hundred bytes that fold into a constant of `elements` floats."""
-    shape = helper.make_tensor("s", TensorProto.INT64, [1], [elements])
-    y = helper.make_tensor_value_info("y", TensorProto.FLOAT, [None])
-    nodes = [helper.make_node("ConstantOfShape", ["s"], ["c"]), helper.make_node("Neg", ["c"], ["y"])]
-    graph = helper.make_graph(nodes, "bomb", [], [y], [shape])
-    return bytes(
-        helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9).SerializeToString()
-    )
+    """A hundred bytes that unfold into `elements` floats when they are loaded: a sparse weight with one value."""
+    values = helper.make_tensor("k", TensorProto.FLOAT, [1], [1.0])
+    sparse = helper.make_sparse_tensor(values, helper.make_tensor("i", TensorProto.INT64, [1], [5]), [elements])
+    y = helper.make_tensor_value_info("y", TensorProto.FLOAT, [elements])
+    graph = helper.make_graph([helper.make_node("Neg", ["k"], ["y"])], "bomb", [], [y], sparse_initializer=[sparse])
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9)
+    return bytes(model.SerializeToString())
 
 
 # --- validation ---
@@ -86,7 +90,7 @@ def test_external_data_hidden_in_an_attribute_is_refused(registry: Registry) -> 
 
 def test_a_memory_bomb_dies_in_its_subprocess_and_is_invalid(registry: Registry, settings: Any) -> None:
     settings.VALIDATION_MEMORY = 1024**3
-    assert "needs more than the 1024 MiB" in reason_of(registry, {"model.onnx": bomb(2**30)})
+    assert "needs more than the 1024 MiB" in reason_of(registry, {"model.onnx": bomb(400_000_000)})
 
 
 def test_the_manifest_must_state_what_the_model_has(registry: Registry) -> None:
@@ -246,7 +250,7 @@ def test_two_uploads_of_one_file_at_once_do_not_corrupt_it(own_folder: Any) -> N
     thread.join(30)
     assert caught.value.code == "upload_busy"
     assert outcome == [uploads.Progress(len(DATA), complete=True)]
-    assert storage.open_object(storage.blob_name(NAME)).read() == DATA
+    assert stored() == DATA
     assert uploads.receive(sha256=NAME, length=len(DATA), offset=0, source=BytesIO(b"ignored")).complete
 
 
@@ -262,7 +266,7 @@ def test_an_upload_whose_line_breaks_keeps_what_came(db: None, own_folder: Any) 
     assert uploads.receive(sha256=NAME, length=len(DATA), offset=0, source=Broken()).offset == 1000
     rest = BytesIO(DATA[1000:])
     assert uploads.receive(sha256=NAME, length=len(DATA), offset=1000, source=rest).complete
-    assert storage.open_object(storage.blob_name(NAME)).read() == DATA
+    assert stored() == DATA
 
 
 def test_a_full_disk_is_not_taken_for_a_broken_line(db: None, own_folder: Any) -> None:
@@ -317,7 +321,7 @@ def test_an_object_moves_across_file_systems_whole(db: None, own_folder: Any, mo
 
     monkeypatch.setattr(type(own_folder), "replace", across)
     uploads.receive(sha256=NAME, length=len(DATA), offset=0, source=BytesIO(DATA))
-    assert storage.open_object(storage.blob_name(NAME)).read() == DATA
+    assert stored() == DATA
     assert list((own_folder / "incoming").iterdir()) == []
     assert [path.name for path in (own_folder / "objects" / "blobs").iterdir()] == [NAME]
 
