@@ -1,1 +1,73 @@
+"""Fleet's device SDK: signed model updates, hot-swapped under load, and samples back.
+
+    from device_sdk import Fleet
+
+    fleet = Fleet.open("/var/lib/fleet")      # a provisioned directory; works offline
+    detector = fleet.model("detector")        # its last good release
+    outputs = detector.run({"image": x})      # swappable under load, sampled by policy
+    fleet.start()                             # poll, update, upload in the background
+
+Names are loaded when they are asked for: importing `device_sdk.protocol` loads neither onnxruntime nor tuf.
+"""
+
+from typing import TYPE_CHECKING, Any
+
 __version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from device_sdk.client import Fleet, Options, Status, enrol
+    from device_sdk.errors import (
+        DeviceError,
+        InputError,
+        ModelError,
+        NoModelError,
+        SetupError,
+        StorageError,
+        TransferError,
+        UnauthorizedError,
+        UntrustedError,
+    )
+    from device_sdk.runtime import Model
+
+_HOMES = {
+    "Fleet": "client",
+    "Options": "client",
+    "Status": "client",
+    "enrol": "client",
+    "Model": "runtime",
+    "DeviceError": "errors",
+    "InputError": "errors",
+    "ModelError": "errors",
+    "NoModelError": "errors",
+    "SetupError": "errors",
+    "StorageError": "errors",
+    "TransferError": "errors",
+    "UnauthorizedError": "errors",
+    "UntrustedError": "errors",
+}
+
+__all__ = [
+    "DeviceError",
+    "Fleet",
+    "InputError",
+    "Model",
+    "ModelError",
+    "NoModelError",
+    "Options",
+    "SetupError",
+    "Status",
+    "StorageError",
+    "TransferError",
+    "UnauthorizedError",
+    "UntrustedError",
+    "__version__",
+    "enrol",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'device_sdk' has no attribute {name!r}")
+    from importlib import import_module
+
+    return getattr(import_module(f"device_sdk.{_HOMES[name]}"), name)

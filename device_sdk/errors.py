@@ -40,6 +40,12 @@ class ModelError(DeviceError):
     code = "model"
 
 
+class InputError(DeviceError, ValueError):
+    """A call's inputs are not what the model takes: the caller's fault, no evidence against the release."""
+
+    code = "input"
+
+
 class NoModelError(DeviceError):
     """Nothing is installed for this model yet."""
 

@@ -1,0 +1,212 @@
+"""How one model goes from assigned to committed: states, signals, one table, and the verdict on a probation.
+
+Pure: no IO, no clock, no randomness. `install.py` does what the states say and persists each step before it is told.
+"""
+
+from dataclasses import dataclass, replace
+from enum import StrEnum
+
+from device_sdk.protocol import events
+from device_sdk.protocol.assignment import Probation
+from device_sdk.protocol.cohorts import jitter
+from device_sdk.protocol.names import ReleasePath
+
+EARLY_CALLS = 5  # a probation may be failed after so many calls, it need not wait for all of them
+MAX_STARTS = 2  # a release on trial that is started so often without a verdict has taken the process down twice
+MAX_TESTS = 2  # likewise a release whose test came to no end so often
+MAX_DELAY = 3_600.0  # seconds; nothing is retried less often than this
+
+
+class State(StrEnum):
+    """Where a model stands. Except for `idle`, the values are the kinds of the events that report them."""
+
+    IDLE = "idle"
+    WAITING = events.WAITING
+    DOWNLOADING = events.DOWNLOADING
+    VERIFYING = events.VERIFYING
+    TESTING = events.TESTING
+    ACTIVATING = events.ACTIVATING
+    PROBATION = events.PROBATION
+    COMMITTED = events.COMMITTED
+    ROLLED_BACK = events.ROLLED_BACK
+    FAILED = events.FAILED
+
+
+class Signal(StrEnum):
+    """What moves a model on."""
+
+    HOLD = "hold"  # a condition is not met; the reason says which
+    START = "start"  # every condition is met
+    DOWNLOADED = "downloaded"
+    VERIFIED = "verified"
+    TESTED = "tested"
+    ACTIVATED = "activated"
+    HEALTHY = "healthy"
+    UNHEALTHY = "unhealthy"
+    FAIL = "fail"
+    RUNS = "runs"  # the assigned release is the committed one: nothing to do
+    WITHDRAW = "withdraw"  # the view names another release, or none
+    INTERRUPT = "interrupt"  # the process ended in the middle; whatever was downloaded is kept
+
+
+class Why(StrEnum):
+    """Reasons of `waiting` and `failed` that are no error's code."""
+
+    WINDOW = "window"
+    NETWORK = "network"
+    DISK = "disk"
+    STALE = "stale"  # the view has expired: an outage, or someone who holds back what is new
+    KNOWN_BAD = "known_bad"
+    CRASHED_IN_TEST = "crashed_in_test"
+    CRASH_LOOP = "crash_loop"
+    REQUIRES_SDK = "requires_sdk"
+    REQUIRES_RUNTIME = "requires_runtime"
+
+
+_S, _E = State, Signal
+TRANSITIONS: dict[tuple[State, Signal], State] = {
+    (_S.IDLE,        _E.HOLD):       _S.WAITING,
+    (_S.IDLE,        _E.START):      _S.DOWNLOADING,
+    (_S.IDLE,        _E.RUNS):       _S.COMMITTED,
+    (_S.IDLE,        _E.FAIL):       _S.FAILED,       # known bad, or this device lacks what it requires
+    (_S.IDLE,        _E.ACTIVATED):  _S.PROBATION,    # a trial was found on disk, its history was lost
+    (_S.IDLE,        _E.WITHDRAW):   _S.IDLE,
+    (_S.IDLE,        _E.INTERRUPT):  _S.IDLE,
+    (_S.WAITING,     _E.HOLD):       _S.WAITING,      # for another reason
+    (_S.WAITING,     _E.START):      _S.DOWNLOADING,
+    (_S.WAITING,     _E.FAIL):       _S.FAILED,
+    (_S.WAITING,     _E.RUNS):       _S.COMMITTED,
+    (_S.WAITING,     _E.WITHDRAW):   _S.IDLE,
+    (_S.WAITING,     _E.INTERRUPT):  _S.WAITING,
+    (_S.DOWNLOADING, _E.DOWNLOADED): _S.VERIFYING,
+    (_S.DOWNLOADING, _E.HOLD):       _S.WAITING,      # the network or the disk; the partial file stays
+    (_S.DOWNLOADING, _E.FAIL):       _S.FAILED,
+    (_S.DOWNLOADING, _E.WITHDRAW):   _S.IDLE,
+    (_S.DOWNLOADING, _E.INTERRUPT):  _S.IDLE,
+    (_S.VERIFYING,   _E.VERIFIED):   _S.TESTING,
+    (_S.VERIFYING,   _E.HOLD):       _S.WAITING,
+    (_S.VERIFYING,   _E.FAIL):       _S.FAILED,
+    (_S.VERIFYING,   _E.WITHDRAW):   _S.IDLE,
+    (_S.VERIFYING,   _E.INTERRUPT):  _S.IDLE,
+    (_S.TESTING,     _E.TESTED):     _S.ACTIVATING,
+    (_S.TESTING,     _E.HOLD):       _S.WAITING,
+    (_S.TESTING,     _E.FAIL):       _S.FAILED,
+    (_S.TESTING,     _E.WITHDRAW):   _S.IDLE,
+    (_S.TESTING,     _E.INTERRUPT):  _S.IDLE,
+    (_S.ACTIVATING,  _E.ACTIVATED):  _S.PROBATION,
+    (_S.ACTIVATING,  _E.HOLD):       _S.WAITING,
+    (_S.ACTIVATING,  _E.FAIL):       _S.FAILED,
+    (_S.ACTIVATING,  _E.INTERRUPT):  _S.IDLE,
+    (_S.PROBATION,   _E.HEALTHY):    _S.COMMITTED,
+    (_S.PROBATION,   _E.UNHEALTHY):  _S.ROLLED_BACK,
+    (_S.PROBATION,   _E.WITHDRAW):   _S.IDLE,
+    (_S.PROBATION,   _E.INTERRUPT):  _S.PROBATION,    # the trial goes on, and its starts are counted
+}  # fmt: skip
+
+RESTING = frozenset({State.IDLE, State.COMMITTED, State.ROLLED_BACK, State.FAILED})
+
+
+def step(state: State, signal: Signal) -> State:
+    """The next state. A pair that the table does not have is a bug, and says so."""
+    key = (State.IDLE if state in RESTING else state, signal)
+    if key not in TRANSITIONS:
+        raise ValueError(f"no transition from {state} by {signal}")
+    return TRANSITIONS[key]
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """Where one model stands, and about which release; what is persisted and reported at each transition.
+
+    `id` names the event that reports it, so that it may be reported again after a restart. `tests`: how often the
+    test of this release was begun, counted before each, so that one that takes the process down is not begun for ever.
+    """
+
+    model: str
+    state: State = State.IDLE
+    reason: str = ""
+    sha256: str = ""
+    release: ReleasePath | None = None
+    rollout: str = ""
+    tests: int = 0
+    id: str = ""
+    at: float = 0.0
+
+    def about(self, sha256: str, release: ReleasePath | None, rollout: str) -> "Progress":
+        """The same place in the lifecycle, turned to another release."""
+        tests = self.tests if sha256 == self.sha256 else 0
+        return replace(self, sha256=sha256, release=release, rollout=rollout, tests=tests)
+
+    def after(self, signal: Signal, reason: str = "") -> "Progress":
+        state = step(self.state, signal)
+        tests = self.tests + 1 if state is State.TESTING else 0 if state is State.ACTIVATING else self.tests
+        return replace(self, state=state, reason=reason, tests=tests)
+
+    def says(self, other: "Progress") -> bool:
+        """Whether both tell the same of the same release: then one report is enough."""
+        return (self.state, self.reason, self.sha256, self.rollout) == (
+            other.state, other.reason, other.sha256, other.rollout,
+        )  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Counts:
+    """What a release did. `checked`: calls whose outputs were looked at; `invalid`: those with NaN, inf or nothing.
+
+    `rejected` calls had wrong inputs, which is the caller's fault and no evidence. Latencies in microseconds.
+    """
+
+    calls: int = 0
+    errors: int = 0
+    checked: int = 0
+    invalid: int = 0
+    rejected: int = 0
+    p50: float = 0.0
+    p95: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """The end of a probation: HEALTHY or UNHEALTHY, and why."""
+
+    signal: Signal
+    reason: str = ""
+
+
+def judge(rules: Probation, counts: Counts, seconds: float) -> Verdict | None:
+    """Judge a release on trial for `seconds`. None: not yet. Failure is looked for before success."""
+    finished = counts.calls >= rules.calls and seconds >= rules.seconds
+    if finished or counts.calls >= min(rules.calls, EARLY_CALLS):
+        reason = _excess("error_rate", counts.errors, counts.calls, rules.max_error_rate) or _excess(
+            "invalid_rate", counts.invalid, counts.checked, rules.max_invalid_rate
+        )
+        if reason:
+            return Verdict(Signal.UNHEALTHY, reason)
+    return Verdict(Signal.HEALTHY) if finished else None
+
+
+def _excess(what: str, bad: int, total: int, allowed: float) -> str:
+    if not total or bad / total <= allowed:
+        return ""
+    return f"{what}: {bad} of {total} calls, allowed {allowed:g}"
+
+
+def backoff(device: str, failures: int, *, first: float, retry_after: float | None = None) -> float:
+    """Seconds until the next try after `failures` in a row: doubling from `first`, shifted by the device's jitter.
+
+    A server's Retry-After is a floor, and is spread too: all the fleet was told the same number.
+    """
+    delay = min(MAX_DELAY, first * 2.0 ** min(failures - 1, 20))
+    return max(delay, min(retry_after or 0.0, MAX_DELAY)) * (1 + 0.25 * jitter(device, "backoff"))
+
+
+def older(version: str, floor: str) -> bool:
+    """Whether a dotted `version` is below `floor`. An empty floor is none; a part that is no number counts as 0."""
+    return bool(floor) and _numbers(version) < _numbers(floor)
+
+
+def _numbers(version: str) -> tuple[int, ...]:
+    parts = [int(part) if part.isdigit() else 0 for part in version.split(".")]
+    while parts and parts[-1] == 0:
+        parts.pop()
+    return tuple(parts)

@@ -1,0 +1,452 @@
+"""What goes on in the background: poll and report, install and watch, upload. Three threads, each waiting on an event.
+
+Nothing that goes wrong in here ends a thread or reaches a call: it is logged, backed off from, and shown in the status.
+"""
+
+import logging
+import threading
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from device_sdk.errors import DeviceError, StorageError, TransferError, UnauthorizedError, UntrustedError, is_retryable
+from device_sdk.install import Clock, Installer
+from device_sdk.journal import Journal
+from device_sdk.outbox import Outbox
+from device_sdk.protocol import events, fields, limits
+from device_sdk.protocol.cohorts import jitter
+from device_sdk.protocol.errors import ProtocolError
+from device_sdk.protocol.events import EventPost
+from device_sdk.protocol.polls import (
+    EVENTS,
+    INTERVAL_HEADER,
+    POLL,
+    ROOT_PARAMETER,
+    WANT_HEADER,
+    Bundle,
+    Tag,
+    running_digest,
+)
+from device_sdk.spool import Spool
+from device_sdk.updater import Counts, Progress, Why, backoff
+from device_sdk.uploader import Client, Report, Uploader
+
+log = logging.getLogger("device_sdk")
+
+SHORTEST, LONGEST = 1.0, 86_400.0  # seconds between polls, whatever the server says
+FIRST_POLL_WITHIN = 10.0  # seconds: a fleet that gets its power back at once must not arrive at once
+FIRST_RETRY = 2.0  # after no answer at all; a server that did answer is left alone for an interval
+REPEAT_REFUSAL = 3_600.0
+_DEADLINE = 60.0
+_ANSWER = 64 * limits.KIB
+
+
+class Trusted(Protocol):
+    """The part of `trust.Trust` that is used here."""
+
+    @property
+    def root_version(self) -> int: ...
+    def view(self) -> Any: ...
+    def accept(self, bundle: Bundle, now: float) -> Any: ...
+
+
+class Loop:
+    """A daemon thread that calls `step`, which returns the seconds to wait; `wake` and `stop` cut the wait short."""
+
+    def __init__(self, name: str, step: Callable[[], float | None]) -> None:
+        self._step = step
+        self._wake = threading.Event()
+        self._stop = threading.Event()
+        self._failures = 0
+        self._thread = threading.Thread(target=self._run, name=name, daemon=True)
+
+    @property
+    def is_stopping(self) -> bool:
+        return self._stop.is_set()
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def wake(self) -> None:
+        self._wake.set()
+
+    def stop(self, timeout: float = 10.0) -> None:
+        self._stop.set()
+        self._wake.set()
+        if self._thread.is_alive() and self._thread is not threading.current_thread():
+            self._thread.join(timeout)
+
+    def _run(self) -> None:
+        while not self._stop.is_set():
+            delay = self._guarded()
+            self._wake.wait(None if delay is None else max(delay, 0.0))
+            self._wake.clear()
+
+    def _guarded(self) -> float | None:
+        try:
+            delay = self._step()
+            self._failures = 0
+        except Exception:
+            self._failures += 1
+            log.exception("unexpected error in %s; it goes on", self._thread.name)
+            return backoff(self._thread.name, self._failures, first=1.0)
+        return delay
+
+
+@dataclass(frozen=True, slots=True)
+class PollState:
+    """How polling goes. `stopped`: the code by which the server turned this device away, and polling ended."""
+
+    last_answer: float = 0.0
+    failures: int = 0
+    error: str = ""
+    stopped: str = ""
+    interval: float = 60.0
+    view: int = 0
+    stale: bool = False
+
+
+@dataclass
+class Context:
+    """What the poller works with."""
+
+    device: str
+    sdk: str
+    client: Client
+    trust: Trusted
+    outbox: Outbox
+    journal: Journal
+    installers: Mapping[str, Installer]
+    clock: Clock = field(default_factory=Clock)
+    on_view: Callable[[Any], None] = lambda _: None
+
+    def runs(self) -> dict[str, str]:
+        current = {name: installer.slot.current for name, installer in self.installers.items()}
+        return {name: loaded.path.running for name, loaded in current.items() if loaded}
+
+
+class Poller:
+    """One poll at a time, and the events that go with it. No thread of its own."""
+
+    def __init__(self, context: Context, *, interval: float) -> None:
+        self._it = context
+        self._lock = threading.RLock()
+        self._want_runs = False
+        self._refused: tuple[str, float] = ("", 0.0)
+        self.interval = interval
+        self.failures = 0
+        self.last_answer = 0.0
+        self.error = ""
+        self.stopped = ""
+
+    def state(self) -> PollState:
+        view = self._it.trust.view()
+        return PollState(
+            last_answer=self.last_answer,
+            failures=self.failures,
+            error=self.error,
+            stopped=self.stopped,
+            interval=self.interval,
+            view=view.version if view else 0,
+            stale=self.is_stale(),
+        )
+
+    def is_stale(self) -> bool:
+        view = self._it.trust.view()
+        return view is not None and self._it.clock.now() > view.expires
+
+    def first_delay(self) -> float:
+        return jitter(self._it.device, "first-poll") * min(self.interval, FIRST_POLL_WITHIN)
+
+    def poll(self) -> None:
+        """Ask once, obey the answer, and send what waits to be told. Raises DeviceError."""
+        with self._lock:
+            try:
+                self._ask()
+                self.report()
+            except DeviceError as error:
+                self._note_failure(error)
+                raise
+            self.failures, self.error = 0, ""
+
+    def step(self) -> float | None:
+        """One poll of the background loop. Seconds until the next; None: never again, the server turned us away."""
+        try:
+            self.poll()
+        except UnauthorizedError:
+            return None
+        except DeviceError as error:
+            log.warning("poll: %s", error)
+            return self._retry_delay(error)
+        return self._period()
+
+    def report(self) -> None:
+        """Post events until none are left. Raises TransferError; what was not acknowledged stays."""
+        with self._lock:
+            while not self.stopped and (self._want_runs or len(self._it.outbox)):
+                self._post()
+
+    def refuse(self, error: UntrustedError) -> None:
+        """Report what trust refused, once an hour for the same reason: an attack must not fill the outbox."""
+        code, since = self._refused
+        now = self._it.clock.monotonic()
+        if error.code == code and now - since < REPEAT_REFUSAL:
+            return
+        self._refused = (error.code, now)
+        log.error("refused (%s): %s", error.code, error)
+        self._it.journal.note(events.REFUSED, Progress(""), reason=error.code, detail={"message": str(error)[:200]})
+
+    def _ask(self) -> None:
+        if self.stopped:
+            raise UnauthorizedError(f"the server turned this device away ({self.stopped})", status=401)
+        view = self._it.trust.view()
+        tag = Tag(view.version if view else 0, running_digest(self._it.runs()))
+        path = f"{POLL}?{ROOT_PARAMETER}={self._it.trust.root_version}"
+        headers = {"If-None-Match": str(tag)}
+        try:
+            answer = self._it.client.request("GET", path, headers=headers, limit=limits.BUNDLE, deadline=_DEADLINE)
+            self._heed(answer.headers)
+            if answer.status != 304:
+                self._it.on_view(self._it.trust.accept(_bundle(answer.body), self._it.clock.now()))
+                self._refused = ("", 0.0)
+        except UntrustedError as error:
+            self.refuse(error)
+            raise
+        if self.is_stale():
+            self.refuse(UntrustedError("the server offers nothing newer than an expired view", code=Why.STALE))
+
+    def _heed(self, headers: Mapping[str, str]) -> None:
+        self.last_answer = self._it.clock.now()
+        self._want_runs = self._want_runs or headers.get(WANT_HEADER) == "runs"
+        try:
+            self.interval = min(max(float(headers.get(INTERVAL_HEADER, self.interval)), SHORTEST), LONGEST)
+        except ValueError:
+            log.warning("%s: not a number: %.40r", INTERVAL_HEADER, headers.get(INTERVAL_HEADER))
+
+    def _post(self) -> None:
+        pending = self._it.outbox.pending()
+        post = EventPost(pending.events, self._it.runs(), self._it.sdk, pending.dropped)
+        headers = {"Content-Type": "application/json"}
+        body = fields.canonical(post.to_json())
+        try:
+            self._it.client.request("POST", EVENTS, headers=headers, body=body, limit=_ANSWER, deadline=_DEADLINE)
+        except TransferError as error:
+            if not _is_poison(error):
+                raise
+            log.error("%d events were refused and are dropped: %s", len(pending.events), error)  # noqa: TRY400
+            self._it.outbox.discard(pending)
+            raise
+        self._it.outbox.acknowledge(pending)
+        self._want_runs = False
+
+    def _note_failure(self, error: DeviceError) -> None:
+        self.failures += 1
+        self.error = f"{error.code}: {error}"
+        if isinstance(error, UnauthorizedError) and not self.stopped:
+            self.stopped = error.code
+            log.critical("the server turned this device away (%s): it polls no more, and goes on serving", error)
+
+    def _retry_delay(self, error: DeviceError) -> float:
+        status = error.status if isinstance(error, TransferError) else 0
+        silent = isinstance(error, TransferError) and status == 0
+        if not silent and not is_retryable(error):
+            return self._period()
+        after = error.retry_after if isinstance(error, TransferError) else None
+        first = min(FIRST_RETRY, self.interval) if silent else self.interval
+        return backoff(self._it.device, self.failures, first=first, retry_after=after)
+
+    def _period(self) -> float:
+        """The server's interval, a little off for each device and always by the same amount."""
+        return self.interval * (0.9 + 0.2 * jitter(self._it.device, "poll"))
+
+
+class Worker:
+    """Runs it all. `start` and `stop` may each be called once; the synchronous methods work without either."""
+
+    def __init__(self, context: Context, spool: Spool, uploader: Uploader, settings: "Settings") -> None:
+        self._it = context
+        self.spool = spool
+        self._uploader = uploader
+        self._settings = settings
+        self.poller = Poller(context, interval=settings.poll_seconds)
+        self._installing = threading.RLock()
+        self._uploading = threading.Lock()
+        self._next_poll = 0.0
+        self._next_health = 0.0
+        self._upload_failures = 0
+        self._told: dict[str, tuple[object, Counts]] = {}
+        self._poll_loop = Loop("fleet-poll", self._poll_step)
+        self._install_loop = Loop("fleet-install", self._install_step)
+        self._upload_loop = Loop("fleet-upload", self._upload_step)
+        self._is_running = False
+        context.on_view = self.obey
+        context.journal.on_event = self._wake_reporter
+        for model, installer in context.installers.items():
+            installer.stopping = lambda: self._install_loop.is_stopping
+            self._take_up(model)
+
+    def start(self) -> None:
+        """Start the threads. The first poll is put off by the device's own fraction of a few seconds."""
+        now = self._it.clock.monotonic()
+        self._next_poll = now + self.poller.first_delay()
+        self._next_health = now + self._settings.health_seconds
+        self._is_running = True
+        self.spool.start()
+        for loop in (self._poll_loop, self._install_loop, self._upload_loop):
+            loop.start()
+
+    def stop(self) -> None:
+        """End the threads; tell the server nothing more, keep everything on disk."""
+        self._is_running = False
+        for loop in (self._upload_loop, self._install_loop, self._poll_loop):
+            loop.stop()
+        self.spool.stop()
+        with self._installing:
+            for installer in self._it.installers.values():
+                installer.close()
+
+    def wake(self) -> None:
+        """A call went wrong or the view changed: look at the models now."""
+        self._install_loop.wake()
+
+    def obey(self, view: Any) -> None:
+        """Hand a view to those who carry it out."""
+        for model, installer in self._it.installers.items():
+            verified = view.assignments.get(model)
+            installer.latest = verified
+            try:
+                intake = self.spool.configure(model, verified.assignment.sampling if verified else None)
+            except StorageError as error:
+                log.warning("%s is not sampled: %s", model, error)
+                continue
+            installer.slot.sampler = intake if intake.rate > 0 else None
+        self.wake()
+
+    def update(self) -> None:
+        """Poll once and install what is new, in this thread. Raises what the poll raises."""
+        self.poller.poll()
+        self.install()
+        self.poller.report()
+
+    def install(self) -> float | None:
+        """Let each model do what it can now. One that fails unexpectedly does not hold up the others."""
+        waits: list[float] = []
+        with self._installing:
+            for model, installer in self._it.installers.items():
+                try:
+                    wait = installer.pursue()
+                except Exception:
+                    log.exception("unexpected error with %s; it is looked at again", model)
+                    wait = self._settings.look_seconds
+                if wait is not None:
+                    waits.append(wait)
+        return min(waits) if waits else None
+
+    def upload(self, *, force: bool) -> Report:
+        with self._uploading:
+            self.spool.drain()
+            return self._uploader.run(force=force)
+
+    def _take_up(self, model: str) -> None:
+        """Samples of an earlier process are uploaded even if no campaign asks for more."""
+        try:
+            self.spool.lane(model)
+        except StorageError as error:
+            log.warning("%s is not sampled: %s", model, error)
+
+    # Steps of the loops
+
+    def _poll_step(self) -> float | None:
+        now = self._it.clock.monotonic()
+        if self.poller.stopped:
+            return None
+        if now >= self._next_health:
+            self._next_health = now + self._settings.health_seconds
+            self._tell_health()
+        if now >= self._next_poll:
+            delay = self.poller.step()
+            self._next_poll = self._it.clock.monotonic() + (delay or 0.0)
+        elif not self.poller.failures:
+            self._report()
+        return max(min(self._next_poll, self._next_health) - self._it.clock.monotonic(), 0.0)
+
+    def _report(self) -> None:
+        try:
+            self.poller.report()
+        except TransferError as error:
+            self._next_poll = self._it.clock.monotonic()  # the poll finds out for itself, and backs off
+            log.info("events wait: %s", error)
+
+    def _install_step(self) -> float | None:
+        return self.install()
+
+    def _upload_step(self) -> float | None:
+        if self.poller.stopped:
+            return None
+        try:
+            report = self.upload(force=False)
+            self._upload_failures = 0
+        except UnauthorizedError as error:
+            log.warning("upload: %s", error)
+            return None
+        except DeviceError as error:
+            self._upload_failures += 1
+            after = error.retry_after if isinstance(error, TransferError) else None
+            log.warning("upload: %s", error)
+            return backoff(
+                self._it.device, self._upload_failures, first=self._settings.upload_seconds, retry_after=after
+            )
+        if report.sent:
+            log.info("uploaded %d samples in %d batches", report.samples, report.sent)
+        return self._settings.upload_seconds
+
+    def _wake_reporter(self) -> None:
+        if self._is_running:
+            self._poll_loop.wake()
+
+    def _tell_health(self) -> None:
+        """Counters since the last time, for each model that was called."""
+        waiting, dropped = self.spool.waiting(), self.spool.dropped()
+        for model, installer in self._it.installers.items():
+            loaded = installer.slot.current
+            if loaded is None:
+                continue
+            counts = loaded.stats.counts()
+            before = self._told.get(model)
+            since = before[1] if before and before[0] is loaded.stats else Counts()
+            self._told[model] = (loaded.stats, counts)
+            if (counts.calls, counts.rejected) != (since.calls, since.rejected):
+                about = Progress(model, release=loaded.path, rollout=installer.progress.rollout)
+                detail = _health(counts, since, waiting.get(model, 0), dropped.get(model, 0))
+                self._it.journal.note(events.HEALTH, about, detail=detail)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Seconds between the things that the worker does; the poll's only until the server says."""
+
+    poll_seconds: float = 60.0
+    health_seconds: float = 60.0
+    upload_seconds: float = 60.0
+    look_seconds: float = 30.0
+
+
+def _health(now: Counts, since: Counts, waiting: int, dropped: int) -> dict[str, float | str]:
+    """Counts are of the time since the last health event, so they may be added up. Latencies in microseconds."""
+    names = ("calls", "errors", "checked", "invalid", "rejected")
+    detail: dict[str, float | str] = {name: getattr(now, name) - getattr(since, name) for name in names}
+    return {
+        **detail, "p50_us": now.p50, "p95_us": now.p95, "samples_waiting": waiting, "samples_dropped": dropped,
+    }  # fmt: skip
+
+
+def _is_poison(error: TransferError) -> bool:
+    """Whether the server will never take this post, whenever it is sent."""
+    return error.status in {400, 413, 422}
+
+
+def _bundle(body: bytes) -> Bundle:
+    try:
+        return Bundle.parse(body)
+    except ProtocolError as error:
+        raise UntrustedError(error.message, code=error.code) from error
