@@ -243,9 +243,7 @@ class Model:
         """
         return self.run_on(inputs, outputs)[1]
 
-    def run_on(
-        self, inputs: Tensors, outputs: Sequence[str] | None = None
-    ) -> tuple[ReleasePath, dict[str, Array]]:
+    def run_on(self, inputs: Tensors, outputs: Sequence[str] | None = None) -> tuple[ReleasePath, dict[str, Array]]:
         """As `run`, and say which release answered: after a swap `release` may already be another."""
         slot = self._slot
         loaded = slot.current

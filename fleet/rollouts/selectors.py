@@ -15,7 +15,8 @@ from fleet.releases.models import Release, Variant
 from fleet.rollouts import policy, snapshots
 from fleet.rollouts.models import Outcome, Rollout
 
-FAILED, COMMITTED, UPDATING = Outcome.State.FAILED, Outcome.State.COMMITTED, Outcome.State.UPDATING
+FAILED, COMMITTED = Outcome.State.FAILED, Outcome.State.COMMITTED
+UPDATING, WITHDRAWN = Outcome.State.UPDATING, Outcome.State.WITHDRAWN
 
 
 # --- one device --------------------------------------------------------------------------------------------------
@@ -91,11 +92,12 @@ class Progress:
     updating: int
     committed: int
     failed: int
+    withdrawn: int = 0  # recalled before they had committed
 
     @property
     def waiting(self) -> int:
         """Admitted, and not heard of yet."""
-        return self.admitted - self.updating - self.committed - self.failed
+        return self.admitted - self.updating - self.committed - self.failed - self.withdrawn
 
     @property
     def percent(self) -> float:
@@ -112,6 +114,7 @@ def progress(rollout: Rollout) -> Progress:
         updating=counts[UPDATING],
         committed=counts[COMMITTED],
         failed=counts[FAILED],
+        withdrawn=counts[WITHDRAWN],
     )
 
 
@@ -129,7 +132,9 @@ def tally(rollout: Rollout, *, counted: bool) -> policy.Tally:
     committed, failed = counts[COMMITTED], max(counts[FAILED] - rollout.forgiven, 0)
     if not counted:
         return policy.Tally(committed=committed, failed=failed)
-    decided = set(Outcome.objects.filter(rollout=rollout).exclude(state=UPDATING).values_list("device_id", flat=True))
+    decided = set(
+        Outcome.objects.filter(rollout=rollout, state__in=[COMMITTED, FAILED]).values_list("device_id", flat=True)
+    )
     since = rollout.stage_since
     undecided = sum(device.pk not in decided and _seen_since(device, since) for device in assigned_devices(rollout))
     return policy.Tally(committed=committed, failed=failed, admitted=committed + failed + undecided)

@@ -155,8 +155,15 @@ OUTCOMES = {
     wire.COMMITTED: Outcome.State.COMMITTED,
     wire.FAILED: Outcome.State.FAILED,
     wire.ROLLED_BACK: Outcome.State.FAILED,
+    wire.WITHDRAWN: Outcome.State.WITHDRAWN,
 }
-RANK = {Outcome.State.UPDATING: 0, Outcome.State.COMMITTED: 1, Outcome.State.FAILED: 2}  # it never falls
+# It never falls; whoever was recalled may begin again.
+RANK = {
+    Outcome.State.UPDATING: 0,
+    Outcome.State.WITHDRAWN: 0,
+    Outcome.State.COMMITTED: 1,
+    Outcome.State.FAILED: 2,
+}
 
 
 @transaction.atomic

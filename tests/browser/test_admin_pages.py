@@ -137,7 +137,9 @@ def test_the_dark_follows_the_system(visit: Visit, fleet: World) -> None:
     page = visit("victor", dark=True)
 
     assert "dark" in (page.locator("html").get_attribute("class") or "")
-    lightness = re.findall(r"[\d.]+", page.evaluate("getComputedStyle(document.querySelector('#main')).backgroundColor"))
+    lightness = re.findall(
+        r"[\d.]+", page.evaluate("getComputedStyle(document.querySelector('#main')).backgroundColor")
+    )
     assert float(lightness[0]) < 60
 
 

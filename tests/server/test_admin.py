@@ -67,7 +67,9 @@ def text(response) -> str:
 
 def act(client: Client, rollout: Rollout, action: str, **fields: str):
     return client.post(
-        f"/admin/rollouts/rollout/{rollout.pk}/{action}/", {"_form_submitted": "True", "comment": "", **fields}, follow=True
+        f"/admin/rollouts/rollout/{rollout.pk}/{action}/",
+        {"_form_submitted": "True", "comment": "", **fields},
+        follow=True,
     )
 
 
@@ -81,7 +83,12 @@ def test_an_anonymous_visitor_is_sent_to_the_login(client):
 def test_somebody_who_is_not_staff_sees_nothing(fleet, as_user):
     client = as_user("outsider")
 
-    for path in ("/admin/", listing(Device), address(fleet.running), f"/admin/rollouts/rollout/{fleet.running.pk}/pause/"):
+    for path in (
+        "/admin/",
+        listing(Device),
+        address(fleet.running),
+        f"/admin/rollouts/rollout/{fleet.running.pk}/pause/",
+    ):
         assert client.get(path).headers["Location"].startswith("/admin/login/"), path
 
 
@@ -138,7 +145,9 @@ def test_a_viewer_is_shown_no_buttons(fleet, as_user):
     assert "/revoke/" not in client.get(address(fleet.devices[1])).content.decode()
 
 
-@pytest.mark.parametrize("model", [Device, DeviceEvent, Release, Model, RoleMetadata, Rollout, EnrolmentToken, DatasetPart])
+@pytest.mark.parametrize(
+    "model", [Device, DeviceEvent, Release, Model, RoleMetadata, Rollout, EnrolmentToken, DatasetPart]
+)
 def test_not_even_a_superuser_deletes_history(fleet, as_user, model):
     client = as_user("admin")
     row = model.objects.first()
@@ -189,7 +198,9 @@ def test_the_first_page_shows_the_spread_in_counts_and_percent(fleet, as_user):
 def test_the_first_page_costs_no_more_queries_with_more_devices(fleet, as_user, django_assert_max_num_queries):
     client = as_user("victor")
     for number in range(60):
-        Device.objects.create(name=f"more-{number}", model_names=["detector"], labels={"kind": "camera"}, nonce_digest="")
+        Device.objects.create(
+            name=f"more-{number}", model_names=["detector"], labels={"kind": "camera"}, nonce_digest=""
+        )
 
     with django_assert_max_num_queries(75):
         assert client.get("/admin/").status_code == 200
@@ -230,7 +241,9 @@ def test_spread_history_carries_the_last_sample_over_quiet_hours():
     model = Model.objects.create(name="detector")
     for hours, counts in ((30, {"1.0.0": 4}), (3, {"1.0.0": 1, "2.0.0": 3})):
         for version, number in counts.items():
-            SpreadSample.objects.create(at=now - timedelta(hours=hours), model="detector", version=version, devices=number)
+            SpreadSample.objects.create(
+                at=now - timedelta(hours=hours), model="detector", version=version, devices=number
+            )
 
     history = selectors.spread_of(model, now, timedelta(days=7)).history
     lines = {line.label: line.points for line in history.lines}
@@ -381,9 +394,9 @@ def test_an_operator_plans_a_rollout(fleet, as_user):
     assert page.status_code == 200
     assert (made.release, made.state, made.created_by.username) == (release, "draft", "olga")
     assert made.window == {"start": 22 * 60 + 30, "end": 4 * 60}
-    assert [(s.percent, s.soak_seconds, s.success_threshold, s.min_reports, s.failure_budget) for s in made.stages.all()] == [
-        (percent, 1800, 0.95, 3, 1) for percent in (5, 25, 100)
-    ]
+    assert [
+        (s.percent, s.soak_seconds, s.success_threshold, s.min_reports, s.failure_budget) for s in made.stages.all()
+    ] == [(percent, 1800, 0.95, 3, 1) for percent in (5, 25, 100)]
     assert list(made.actions.values_list("action", "actor")) == [("create", "olga")]
 
 
