@@ -65,7 +65,7 @@ def test_enrol_poll_update_infer_from_the_wheel_alone(shop):
     shop.device("update", home)
     assert shop.answer(home) == 3.0
     status = json.loads(shop.device("status", home, "--json").stdout)
-    assert status["models"][shop.model]["release"] == f"{shop.model}/1.1.0/default"
+    assert status["models"][shop.model]["release"] == "1.1.0/default"
 
 
 def test_a_device_serves_its_last_good_release_when_the_server_is_gone(shop):
