@@ -1,6 +1,6 @@
 """What can be asked about rollouts: a device's assignments, how far a rollout is, and why a device lags."""
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
@@ -10,7 +10,7 @@ from django.db.models import Count, Q
 from device_sdk.protocol import events
 from device_sdk.protocol.assignment import Assignment
 from fleet.devices.models import Device, ModelStatus
-from fleet.devices.selectors import members, offline_before
+from fleet.devices.selectors import matches, members, offline_before
 from fleet.releases.models import Release, Variant
 from fleet.rollouts import policy, snapshots
 from fleet.rollouts.models import Outcome, Rollout
@@ -106,11 +106,16 @@ class Progress:
 
 
 def progress(rollout: Rollout) -> Progress:
+    total = sum(rollout.release.model.name in device.model_names for device in members(rollout.group))
+    return _progress(rollout, total, {device.pk for device in assigned_devices(rollout)})
+
+
+def _progress(rollout: Rollout, total: int, assigned: set[int]) -> Progress:
     counts = outcome_counts(rollout)
     reported = set(Outcome.objects.filter(rollout=rollout).values_list("device_id", flat=True))
     return Progress(
-        total=sum(rollout.release.model.name in device.model_names for device in members(rollout.group)),
-        admitted=len(reported | {device.pk for device in assigned_devices(rollout)}),
+        total=total,
+        admitted=len(reported | assigned),
         updating=counts[UPDATING],
         committed=counts[COMMITTED],
         failed=counts[FAILED],
@@ -191,6 +196,36 @@ def laggards(model: str | None = None) -> Iterator[Laggard]:
             rollout = _newest_for(snapshot, facts, name)
             if rollout and not policy.runs_release(facts, rollout.release):
                 yield _explain(device, facts, rollout, statuses.get((device.pk, name)), horizon)
+
+
+@dataclass(frozen=True, slots=True)
+class Survey:
+    """`progress` by the rollout's key."""
+
+    progress: Mapping[int, Progress]
+    laggards: Sequence[Laggard]
+
+
+def survey(rollouts: Sequence[Rollout]) -> Survey:
+    """`progress` of several rollouts and all `laggards` by one look at the fleet: for pages that show them together."""
+    snapshot, horizon = snapshots.current(), offline_before()
+    statuses = {(status.device_id, status.model): status for status in ModelStatus.objects.all()}
+    assigned, totals, behind = defaultdict[str, set[int]](set), Counter[int](), []
+    for device, facts in _all_facts(list(members(None))):
+        for assignment in policy.desired(snapshot, facts).values():
+            assigned[assignment.rollout].add(device.pk)
+        totals.update(rollout.pk for rollout in rollouts if _is_of(rollout, facts))
+        for model in facts.models:
+            newest = _newest_for(snapshot, facts, model)
+            if newest and not policy.runs_release(facts, newest.release):
+                behind.append(_explain(device, facts, newest, statuses.get((device.pk, model)), horizon))
+    progress = {row.pk: _progress(row, totals[row.pk], assigned[str(row.pk)]) for row in rollouts}
+    return Survey(progress, behind)
+
+
+def _is_of(rollout: Rollout, facts: policy.DeviceFacts) -> bool:
+    selector = rollout.group.selector if rollout.group else {}
+    return rollout.release.model.name in facts.models and matches(selector, facts.labels)
 
 
 def _newest_for(snapshot: policy.Snapshot, facts: policy.DeviceFacts, model: str) -> policy.RolloutRules | None:

@@ -12,6 +12,7 @@ from datetime import timedelta
 import pytest
 from django.contrib import admin
 from django.contrib.auth.models import User
+from django.core.cache import cache
 from django.test import Client
 from django.urls import reverse
 from django.utils import timezone
@@ -25,6 +26,7 @@ from fleet.devices.models import Device, DeviceEvent, EnrolmentToken, Group, Spr
 from fleet.feedback.models import Campaign, DatasetPart
 from fleet.releases import storage
 from fleet.releases.models import Model, Release
+from fleet.rollouts import selectors as rollout_selectors
 from fleet.rollouts import services as rollouts
 from fleet.rollouts.models import Rollout, RolloutAction
 from fleet.trust import keystore
@@ -293,6 +295,29 @@ def test_a_senseless_zone_is_ignored(as_user, client, zone):
     assert "Times are in UTC" in text(client.get("/admin/"))
 
 
+def test_one_look_at_the_fleet_finds_what_single_looks_find(fleet):
+    rows = list(Rollout.objects.select_related("release__model", "group"))
+
+    survey = rollout_selectors.survey(rows)
+
+    assert survey.progress == {row.pk: rollout_selectors.progress(row) for row in rows}
+    assert survey.progress[fleet.running.pk].admitted > survey.progress[fleet.running.pk].committed > 0
+    assert list(survey.laggards) == list(rollout_selectors.laggards())
+    assert survey.laggards
+
+
+@pytest.mark.parametrize(("cost", "looks"), [(0.5, 2), (3.0, 1)])
+def test_only_what_takes_long_to_find_out_is_kept(cost, looks):
+    ticks = iter([0.0, cost, 10.0, 10.0 + cost])
+    looked = []
+
+    for _ in range(2):
+        selectors.costly(f"test-{cost}", lambda: looked.append(1) or 7, clock=lambda: next(ticks))
+
+    assert len(looked) == looks
+    cache.delete(f"test-{cost}")
+
+
 # --- operating --------------------------------------------------------------------------------------------------------
 
 
@@ -547,7 +572,8 @@ def test_an_enrolment_token_is_never_shown_again(trust, client):
     pages = [client.get(listing(EnrolmentToken)), client.get(address(token)), client.get("/admin/")]
 
     assert [page for page in pages if secret in page.content.decode()] == []
-    assert client.session.items() and secret not in str(dict(client.session.items()))
+    assert client.session.keys()
+    assert secret not in str(dict(client.session.items()))
 
 
 def test_without_a_trust_root_the_page_says_what_is_missing(client):
