@@ -5,6 +5,7 @@ import pytest
 from fleet.devices import seen
 from fleet.rollouts import snapshots
 from tests.registry import own_folder, registry  # noqa: F401
+from tests.server.batch_world import feedback_world, local_objects  # noqa: F401
 
 
 @pytest.fixture(autouse=True)
