@@ -131,17 +131,27 @@ def outcome_counts(rollout: Rollout) -> dict[str, int]:
 def tally(rollout: Rollout, *, counted: bool) -> policy.Tally:
     """What is known of the stage in force. `counted` adds the admitted devices, which takes a look at the group.
 
-    Of those that have not decided yet, only devices that were seen since the stage began could know of it.
+    Who has not decided yet is waited for, unless it never said a word and is offline since before the stage began:
+    it cannot know. Who went silent later is waited for: the release may be why.
     """
     counts = outcome_counts(rollout)
     committed, failed = counts[COMMITTED], max(counts[FAILED] - rollout.forgiven, 0)
     if not counted:
         return policy.Tally(committed=committed, failed=failed)
+<<<<<<< HEAD
     decided = set(
         Outcome.objects.filter(rollout=rollout, state__in=[COMMITTED, FAILED]).values_list("device_id", flat=True)
     )
     since = rollout.stage_since
     undecided = sum(device.pk not in decided and _seen_since(device, since) for device in assigned_devices(rollout))
+=======
+    said = dict(Outcome.objects.filter(rollout=rollout).values_list("device_id", "state"))
+    horizon = min(rollout.stage_since or offline_before(), offline_before())
+    undecided = sum(
+        said.get(device.pk, UPDATING) == UPDATING and (device.pk in said or _seen_since(device, horizon))
+        for device in assigned_devices(rollout)
+    )
+>>>>>>> devices-rollouts
     return policy.Tally(committed=committed, failed=failed, admitted=committed + failed + undecided)
 
 
@@ -163,8 +173,8 @@ def _all_facts(devices: Sequence[Device]) -> Iterator[tuple[Device, policy.Devic
         yield device, _facts(device, failed=frozenset(failed[device.pk]), pinned=pinned)
 
 
-def _seen_since(device: Device, since: datetime | None) -> bool:
-    return since is not None and device.last_seen is not None and device.last_seen >= since
+def _seen_since(device: Device, moment: datetime) -> bool:
+    return device.last_seen is not None and device.last_seen >= moment
 
 
 # --- who lags, and why -------------------------------------------------------------------------------------------
