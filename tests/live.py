@@ -102,7 +102,13 @@ def serving(backend: str, extra: dict[str, str], *options: str) -> Iterator[Live
 
 def environment(var: Path, url: str) -> dict[str, str]:
     inherited = {name: value for name, value in os.environ.items() if not name.startswith(("FLEET_", "DJANGO_"))}
-    return {**inherited, **FAST, "FLEET_VAR": str(var), "FLEET_PUBLIC_URL": url}
+    return {
+        **inherited,
+        **FAST,
+        "FLEET_VAR": str(var),
+        "FLEET_PUBLIC_URL": url,
+        "FLEET_METRICS_TOKEN": secrets.token_hex(),
+    }
 
 
 def prepare(env: dict[str, str]) -> None:

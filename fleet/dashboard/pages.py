@@ -1,13 +1,10 @@
 """What the pages of single rows show beside their fields: tables for unfold's component, as plain values."""
 
-import json
 from base64 import b64encode
 from collections import Counter
 from datetime import timedelta
 from typing import Any
-from urllib.parse import urlsplit
 
-from django.conf import settings
 from django.utils import timezone
 from django.utils.html import format_html
 
@@ -20,7 +17,7 @@ from fleet.devices.models import Device, EnrolmentToken
 from fleet.errors import FleetError
 from fleet.releases.models import Model, Release, Variant
 from fleet.rollouts.models import Outcome, Rollout
-from fleet.trust import selectors as trust
+from fleet.trust.provisioning import provision
 
 EVENTS = 50
 OUTCOMES = 200
@@ -211,26 +208,9 @@ def _shape(sizes: list[Any]) -> str:
 
 # --- enrolment ----------------------------------------------------------------------------------------------------
 def provisioning(token: EnrolmentToken, secret: str) -> dict[str, str]:
-    """The device's `provision.json`, see `device_sdk.config.Provision`; or the problem that stands in the way."""
+    """The device's `provision.json` for a download; or the problem that stands in the way."""
     try:
-        root = trust.root_text()
+        content = provision(secret=secret, models=token.model_names)
     except FleetError as error:
         return {"problem": f"{error.message[:1].upper()}{error.message[1:]}."}
-    text = json.dumps(
-        {
-            "server": settings.PUBLIC_URL,
-            "root": root,
-            "token": secret,
-            "models": token.model_names,
-            "blob_hosts": _blob_hosts(),
-            "clock_floor": int(timezone.now().timestamp()),
-        },
-        indent=1,
-    )
-    return {"text": text, "base64": b64encode(text.encode()).decode()}
-
-
-def _blob_hosts() -> list[str]:
-    """Where presigned addresses lead, which devices must be told beforehand."""
-    endpoint = settings.STORAGES["objects"].get("OPTIONS", {}).get("endpoint_url")
-    return [urlsplit(endpoint).netloc] if settings.S3_BUCKET and endpoint else []
+    return {"base64": b64encode(content).decode()}

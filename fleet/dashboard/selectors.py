@@ -18,7 +18,7 @@ from fleet.devices.models import Device, EnrolmentToken, RunningSet, SpreadSampl
 from fleet.feedback.models import Batch, DatasetPart
 from fleet.releases.models import Model, Release
 from fleet.rollouts import selectors as rollouts
-from fleet.rollouts.models import Rollout
+from fleet.rollouts.models import Rollout, Stage
 from fleet.trust.models import RoleMetadata
 
 NOTHING = ""  # the version of a device that runs no release of a model yet
@@ -368,20 +368,17 @@ def rollout_card(rollout: Rollout) -> RolloutCard:
     shares = (progress.committed / total, progress.updating / total, progress.failed / total)
     return RolloutCard(
         rollout=rollout,
-        stages=tuple(
-            StageBar(
-                stage.index,
-                stage.percent,
-                state := _stage_state(rollout, stage.index),
-                *_shares(state, shares),
-            )
-            for stage in rollout.stages.all()
-        ),
+        stages=tuple(_stage_bar(rollout, stage, shares) for stage in rollout.stages.all()),
         admitted=progress.admitted,
         updating=progress.updating,
         committed=progress.committed,
         failed=progress.failed,
     )
+
+
+def _stage_bar(rollout: Rollout, stage: Stage, shares: tuple[float, float, float]) -> StageBar:
+    state = _stage_state(rollout, stage.index)
+    return StageBar(stage.index, stage.percent, state, *_shares(state, shares))
 
 
 def _stage_state(rollout: Rollout, index: int) -> str:

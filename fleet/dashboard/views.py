@@ -108,12 +108,12 @@ def _chart(history: History) -> dict[str, Any]:
                 "data": line.points,
                 "borderColor": f"var(--series-{line.series})",
                 "backgroundColor": f"var(--fill-{line.series})",
-                "fill": True,
+                "fill": "-1" if place else "origin",  # each band stands on the one below it
                 "stepped": True,
                 "borderWidth": 1.5,
                 "pointStyle": False,
             }
-            for line in reversed(history.lines)
+            for place, line in enumerate(reversed(history.lines))
         ],
     }
 

@@ -1,4 +1,4 @@
-"""Pictures of the pages people use, in light, dark and on a phone. `make pictures` keeps them for the docs."""
+"""Pictures of the pages people use, in light, dark and on a phone. `make screenshots` keeps them for the docs."""
 
 import os
 from collections.abc import Callable
@@ -7,15 +7,16 @@ from pathlib import Path
 import pytest
 from playwright.sync_api import Page
 
+from tests.browser.conftest import PHONE
 from tests.browser.world import World
 
 pytestmark = pytest.mark.browser
-PHONE = {"width": 375, "height": 812}
+SCREENSHOTS = Path(__file__).resolve().parents[2] / "deploy" / "screenshots"
 
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    kept = Path(os.environ.get("FLEET_PICTURES") or tmp_path)
+    kept = SCREENSHOTS if os.environ.get("FLEET_SCREENSHOTS") else tmp_path
     kept.mkdir(parents=True, exist_ok=True)
     return kept
 

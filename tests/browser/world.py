@@ -64,8 +64,10 @@ def build(now: datetime) -> World:
     Group.objects.create(name="canary", description="Devices on our own desks", selector={"site": ["graz"]})
     everyone = Group.objects.create(name="cameras", description="All cameras", selector={"kind": ["camera"]})
     devices = _devices(now, dice)
-    _rollout(releases["detector", "1.3.1"], everyone, (10, 50, 100), Rollout.State.COMPLETED, now - timedelta(days=9))
-    _rollout(releases["keyword", "2.0.0"], None, (100,), Rollout.State.COMPLETED, now - timedelta(days=12))
+    _rollout(
+        releases["detector", "1.3.1"], everyone, (10, 50, 100), Rollout.State.COMPLETED, now - timedelta(hours=130)
+    )
+    _rollout(releases["keyword", "2.0.0"], None, (100,), Rollout.State.COMPLETED, now - timedelta(hours=150))
     _rollout(releases["vibration", "0.9.2"], None, (20, 100), Rollout.State.COMPLETED, now - timedelta(days=6))
     running = _rollout(
         releases["detector", "1.4.0"],
@@ -317,8 +319,8 @@ def _history(now: datetime) -> None:
     """Adoption curves by the hour: each release takes over from the one before it, in steps."""
     rows = []
     plans = {
-        "detector": (34, [("1.2.0", 400, 0), ("1.3.0", 330, 40), ("1.3.1", 216, 60), ("1.4.0", 5, 4)], 2),
-        "keyword": (34, [("1.9.0", 500, 0), ("2.0.0", 290, 30), ("2.1.0", 30, 8)], 0),
+        "detector": (34, [("1.2.0", 400, 0), ("1.3.0", 330, 40), ("1.3.1", 130, 60), ("1.4.0", 5, 4)], 2),
+        "keyword": (34, [("1.9.0", 500, 0), ("2.0.0", 150, 44), ("2.1.0", 30, 8)], 0),
         "vibration": (4, [("0.9.1", 500, 0), ("0.9.2", 140, 30)], 1),
     }
     for model, (total, waves, left) in plans.items():
