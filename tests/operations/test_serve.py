@@ -132,8 +132,8 @@ def own_server(tmp_path):
     """An embedded server of the test's own, that it may harm: (process, url)."""
     port = free_port()
     url = f"http://127.0.0.1:{port}"
-    env = environment(tmp_path / "var", url) | {"DJANGO_SUPERUSER_PASSWORD": secrets.token_hex(8)}
-    prepare(env)
+    env = environment(tmp_path / "var", url)
+    prepare(env, tmp_path / "var" / "keystore")
     command = [sys.executable, "manage.py", "serve", "--port", str(port), "--workers", "2", "--no-migrate"]
     with running(command, tmp_path / "log", ready=lambda: probe(f"{url}/readyz"), cwd=ROOT, env=env) as process:
         yield process, url, env
