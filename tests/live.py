@@ -120,6 +120,7 @@ def environment(var: Path, url: str) -> dict[str, str]:
         "FLEET_VAR": str(var),
         "FLEET_PUBLIC_URL": url,
         "FLEET_METRICS_TOKEN": secrets.token_hex(),
+        "DJANGO_SUPERUSER_PASSWORD": secrets.token_urlsafe(12),
     }
 
 
