@@ -508,7 +508,7 @@ def _npy(tensor: Array) -> bytes:
 
 
 def _arrays(tensors: Mapping[str, Any]) -> dict[str, Array]:
-    """Copies, of arrays only: sequences and maps, which some classifiers give beside their scores, have no `.npy` form."""
+    """Copies, of arrays only: sequences and maps, which some classifiers give beside scores, have no `.npy` form."""
     return {name: np.array(value) for name, value in tensors.items() if isinstance(value, np.ndarray)}
 
 

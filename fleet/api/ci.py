@@ -26,13 +26,13 @@ REFUSAL = OpenApiResponse(OpenApiTypes.OBJECT, "refused: {code, message, detail}
 
 
 class BoundedJSON(JSONParser):
-    """JSON of bounded size: the whole body is held in memory."""
+    """A JSON object of bounded size, with texts that every database can keep: it is held in memory whole."""
 
     def parse(self, stream: Any, media_type: Any = None, parser_context: Any = None) -> Any:
-        request = (parser_context or {})["request"]
-        if int(request.META.get("CONTENT_LENGTH") or 0) > MAX_BODY:
+        body = stream.read(MAX_BODY + 1)
+        if len(body) > MAX_BODY:
             raise TooLarge("too_large", f"body: expected at most {MAX_BODY} bytes")
-        return super().parse(stream, media_type, parser_context)
+        return fields.parse_object(body, limit=MAX_BODY, what="body")
 
 
 class AnyBytes(BaseParser):

@@ -17,6 +17,7 @@ from typing import Any
 
 from django.conf import settings
 
+from device_sdk.protocol import fields
 from device_sdk.protocol.manifest import FileEntry, Manifest, TensorSpec
 from fleet.releases import storage
 
@@ -120,7 +121,19 @@ def _read(code: int, output: bytes) -> dict[str, Any] | str:
         answer: dict[str, Any] = json.loads(output)
     except ValueError:
         return f"the loader ended with code {code} and said nothing"
+    answer = _keepable(answer)
     return str(answer["error"]) if "error" in answer else answer
+
+
+def _keepable(value: Any) -> Any:
+    """Names inside a model are hostile text: turned into what every database can keep."""
+    if isinstance(value, str):
+        return fields.plain(value)
+    if isinstance(value, list):
+        return [_keepable(item) for item in value]
+    if isinstance(value, dict):
+        return {name: _keepable(item) for name, item in value.items()}
+    return value
 
 
 def _signalled(number: int) -> str:

@@ -1,6 +1,7 @@
 """Uploads under trouble, and what validation finds in hostile files."""
 
 import fcntl
+import json
 import os
 import subprocess
 import sys
@@ -102,6 +103,18 @@ def test_the_manifest_must_state_what_the_model_has(registry: Registry) -> None:
 def test_kinds_may_be_written_as_numpy_or_onnxruntime_do(registry: Registry, kind: str) -> None:
     registry.publish("1.0.0", inputs=(TensorSpec("x", kind, (None, 4)),))
     assert registry.release("1.0.0")["state"] == "valid"
+
+
+def test_hostile_names_inside_a_model_are_kept_as_plain_text(
+    registry: Registry, monkeypatch: Any, tmp_path: Any
+) -> None:
+    spec = {"name": "a\0b" + chr(0xD800), "dtype": "tensor(float)", "shape": ["n\0"]}
+    answer = json.dumps({"inputs": [spec], "outputs": [], "opset": 17})
+    probe = tmp_path / "probe.py"
+    probe.write_text(f"print({answer!r})")
+    monkeypatch.setattr(validation, "PROBE", probe)
+    registry.publish("1.0.0")
+    assert Variant.objects.get().inputs == [{"name": "a?b?", "dtype": "float32", "shape": ["n?"]}]
 
 
 def test_a_loader_that_crashes_is_an_answer(registry: Registry, monkeypatch: Any, tmp_path: Any) -> None:
