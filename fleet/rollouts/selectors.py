@@ -138,20 +138,12 @@ def tally(rollout: Rollout, *, counted: bool) -> policy.Tally:
     committed, failed = counts[COMMITTED], max(counts[FAILED] - rollout.forgiven, 0)
     if not counted:
         return policy.Tally(committed=committed, failed=failed)
-<<<<<<< HEAD
-    decided = set(
-        Outcome.objects.filter(rollout=rollout, state__in=[COMMITTED, FAILED]).values_list("device_id", flat=True)
-    )
-    since = rollout.stage_since
-    undecided = sum(device.pk not in decided and _seen_since(device, since) for device in assigned_devices(rollout))
-=======
     said = dict(Outcome.objects.filter(rollout=rollout).values_list("device_id", "state"))
     horizon = min(rollout.stage_since or offline_before(), offline_before())
     undecided = sum(
-        said.get(device.pk, UPDATING) == UPDATING and (device.pk in said or _seen_since(device, horizon))
+        said.get(device.pk, UPDATING) not in {COMMITTED, FAILED} and (device.pk in said or _seen_since(device, horizon))
         for device in assigned_devices(rollout)
     )
->>>>>>> devices-rollouts
     return policy.Tally(committed=committed, failed=failed, admitted=committed + failed + undecided)
 
 

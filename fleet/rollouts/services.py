@@ -165,11 +165,7 @@ RANK = {
     Outcome.State.COMMITTED: 1,
     Outcome.State.FAILED: 2,
 }
-<<<<<<< HEAD
-=======
-RANK: dict[str, int] = {Outcome.State.UPDATING: 0, Outcome.State.COMMITTED: 1, Outcome.State.FAILED: 2}  # never falls
 ROLLOUT_ID = re.compile(r"[0-9]{1,18}")
->>>>>>> devices-rollouts
 
 
 @transaction.atomic
