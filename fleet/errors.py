@@ -25,6 +25,12 @@ class Invalid(FleetError):
     status = 422
 
 
+class Unauthorized(FleetError):
+    """Who calls is not known, or no longer."""
+
+    status = 401
+
+
 class Denied(FleetError):
     """The caller may not."""
 

@@ -1,8 +1,10 @@
-"""Every setting of the server, from the environment (twelve-factor). The README's table is generated from here.
+"""Every setting of the server, from the environment (twelve-factor). `deploy/SETTINGS.md` is generated from here:
+`manage.py settings_reference --write`; the comment beside or above a setting is its text there.
 
 The embedded default needs nothing: SQLite, local objects, a broker of files, all under `FLEET_VAR`.
 """
 
+import logging
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -10,25 +12,34 @@ from typing import Any
 from celery.schedules import crontab
 from environs import Env
 
+from fleet.dashboard.unfold import UNFOLD as UNFOLD
+
 env = Env()
 BASE_DIR = Path(__file__).resolve().parent.parent
 
 VAR: Path = env.path("FLEET_VAR", BASE_DIR / "var")  # where the embedded default keeps all it writes
-DEBUG: bool = env.bool("FLEET_DEBUG", False)
-# The fixed key is for the embedded default only; `fleet.E001` refuses it in production.
+DEBUG: bool = env.bool("FLEET_DEBUG", False)  # tracebacks in the browser; never in production
 DEMO_SECRET = "demonstration-only-" + "0" * 40
-SECRET_KEY: str = env.str("FLEET_SECRET_KEY", DEMO_SECRET)
+SECRET_KEY: str = env.str("FLEET_SECRET_KEY", DEMO_SECRET)  # signs sessions; the default is refused in production
 PRODUCTION: bool = env.bool("FLEET_PRODUCTION", False)  # turns warnings about demonstration keys into errors
 PUBLIC_URL: str = env.str("FLEET_PUBLIC_URL", "http://127.0.0.1:8000").rstrip("/")  # as devices and CI reach it
+# Host names that the server answers to.
 ALLOWED_HOSTS: list[str] = env.list("FLEET_ALLOWED_HOSTS", ["127.0.0.1", "localhost", "[::1]"])
+# Origins from which forms may come.
 CSRF_TRUSTED_ORIGINS: list[str] = env.list("FLEET_CSRF_TRUSTED_ORIGINS", [PUBLIC_URL])
 
+# --- processes of `manage.py serve` ------------------------------------------------------------------------------
+WEB_WORKERS: int = env.int("FLEET_WEB_WORKERS", 1)  # web processes; about one for each core
+WEB_THREADS: int = env.int("FLEET_WEB_THREADS", 16)  # requests that one web process serves at a time
+TASK_WORKERS: int = env.int("FLEET_TASK_WORKERS", 2)  # processes that validate, ingest and tick
+
 # --- trust -------------------------------------------------------------------------------------------------------
-# securesystemslib URI of the online key (file2:, and whatever KMS or HSM scheme it knows), and its public half.
+# securesystemslib URI of the online key: file2:, and whatever KMS or HSM scheme it knows.
 ONLINE_KEY_URI: str = env.str("FLEET_ONLINE_KEY_URI", f"file2:{VAR / 'keystore' / 'online.pem'}")
-ONLINE_KEY_PUBLIC: Path = env.path("FLEET_ONLINE_KEY_PUBLIC", VAR / "keystore" / "online.pub.json")
+ONLINE_KEY_PUBLIC: Path = env.path("FLEET_ONLINE_KEY_PUBLIC", VAR / "keystore" / "online.pub.json")  # its public half
+DEMO_DEVICE_SECRET = "demo:" + "00" * 32
 # Secrets that key the macs of device credentials, newest first: `<id>:<hex>`. The first one signs, all verify.
-DEVICE_SECRETS: list[str] = env.list("FLEET_DEVICE_SECRETS", ["demo:" + "00" * 32])
+DEVICE_SECRETS: list[str] = env.list("FLEET_DEVICE_SECRETS", [DEMO_DEVICE_SECRET])
 VIEW_LIFETIME = timedelta(hours=24)
 VIEW_RENEW_BEFORE = timedelta(hours=12)
 
@@ -37,22 +48,24 @@ POLL_INTERVAL: float = env.float("FLEET_POLL_INTERVAL", 300.0)  # seconds betwee
 LAST_SEEN_FLUSH: float = env.float("FLEET_LAST_SEEN_FLUSH", 1.0)  # seconds that last-seen marks wait in memory
 
 # --- uploads and validation --------------------------------------------------------------------------------------
-MAX_ARTIFACT_BYTES: int = env.int("FLEET_MAX_ARTIFACT_BYTES", 4 * 1024**3)
-VALIDATION_SECONDS: int = env.int("FLEET_VALIDATION_SECONDS", 120)
+MAX_ARTIFACT_BYTES: int = env.int("FLEET_MAX_ARTIFACT_BYTES", 4 * 1024**3)  # of one file of a release
+VALIDATION_SECONDS: int = env.int("FLEET_VALIDATION_SECONDS", 120)  # in which a release must load
 VALIDATION_MEMORY: int = env.int("FLEET_VALIDATION_MEMORY", 4 * 1024**3)  # bytes of address space for the loader
-PRESIGNED_SECONDS: int = env.int("FLEET_PRESIGNED_SECONDS", 900)
+PRESIGNED_SECONDS: int = env.int("FLEET_PRESIGNED_SECONDS", 900)  # that a presigned URL is good for
 BATCH_RETENTION_DAYS: int = env.int("FLEET_BATCH_RETENTION_DAYS", 30)  # raw batches; data sets are kept
-# Ticks, in seconds. The rollout tick also bounds how late a guard can halt.
-TICK_SECONDS: float = env.float("FLEET_TICK_SECONDS", 5.0)
-SWEEP_SECONDS: float = env.float("FLEET_SWEEP_SECONDS", 30.0)
+# Received batches wait this long for company, so that data sets get few, large files. 0: the next sweep takes them.
+COMPACT_SECONDS: float = env.float("FLEET_COMPACT_SECONDS", 0.0)
+TICK_SECONDS: float = env.float("FLEET_TICK_SECONDS", 5.0)  # between looks at rollouts: how late a guard can halt
+SWEEP_SECONDS: float = env.float("FLEET_SWEEP_SECONDS", 30.0)  # between searches for work that was left undone
 
 # --- storage -----------------------------------------------------------------------------------------------------
+# SQLite, or postgres://user:password@host/name
 DATABASES = {"default": env.dj_db_url("FLEET_DATABASE_URL", f"sqlite:///{VAR / 'fleet.sqlite3'}", conn_max_age=60)}
 if DATABASES["default"]["ENGINE"].endswith("sqlite3"):
     DATABASES["default"]["OPTIONS"] = {
-        "init_command": "PRAGMA journal_mode=WAL; PRAGMA synchronous=NORMAL; PRAGMA busy_timeout=20000;",
-        "transaction_mode": "IMMEDIATE",
-        "timeout": 20,
+        "init_command": "PRAGMA journal_mode=WAL; PRAGMA synchronous=NORMAL;",
+        "transaction_mode": "IMMEDIATE",  # writers queue at the start; none fails half-way for a stale read
+        "timeout": 20,  # seconds in that queue
     }
 DEFAULT_AUTO_FIELD = "django.db.models.BigAutoField"
 
@@ -66,11 +79,11 @@ if S3_BUCKET:
         "BACKEND": "storages.backends.s3.S3Storage",
         "OPTIONS": {
             "bucket_name": S3_BUCKET,
-            "endpoint_url": env.str("FLEET_S3_ENDPOINT", None),
-            "access_key": env.str("FLEET_S3_ACCESS_KEY", None),
-            "secret_key": env.str("FLEET_S3_SECRET_KEY", None),
-            "region_name": env.str("FLEET_S3_REGION", "us-east-1"),
-            "addressing_style": env.str("FLEET_S3_ADDRESSING", "path"),
+            "endpoint_url": env.str("FLEET_S3_ENDPOINT", None),  # other than AWS's
+            "access_key": env.str("FLEET_S3_ACCESS_KEY", None),  # left out: the machine's own role
+            "secret_key": env.str("FLEET_S3_SECRET_KEY", None),  # of that access key
+            "region_name": env.str("FLEET_S3_REGION", "us-east-1"),  # of the bucket
+            "addressing_style": env.str("FLEET_S3_ADDRESSING", "path"),  # path or virtual
             "signature_version": "s3v4",
             "file_overwrite": True,
             "querystring_expire": PRESIGNED_SECONDS,
@@ -94,27 +107,37 @@ CACHES: dict[str, Any] = {
         else {"BACKEND": "django.core.cache.backends.locmem.LocMemCache"}
     )
 }
-CELERY_BROKER_URL = REDIS_URL or "filesystem://"
+CELERY_BROKER_URL = REDIS_URL or "fleet-files://localhost"  # see fleet/operations/broker.py
 if not REDIS_URL:
     _QUEUE = VAR / "queue"
     CELERY_BROKER_TRANSPORT_OPTIONS = {
         "data_folder_in": str(_QUEUE),
         "data_folder_out": str(_QUEUE),
         "control_folder": str(VAR / "queue-control"),
+        "polling_interval": 0.2,  # seconds between looks into the folder
     }
 CELERY_TASK_IGNORE_RESULT = True
 CELERY_TASK_ACKS_LATE = True
 CELERY_TASK_TIME_LIMIT = 1800
+CELERY_WORKER_PREFETCH_MULTIPLIER = 1  # a worker that dies holds up little; the sweeps find it
+CELERY_WORKER_MAX_TASKS_PER_CHILD = 500
+CELERY_WORKER_CANCEL_LONG_RUNNING_TASKS_ON_CONNECTION_LOSS = True
+CELERY_WORKER_ENABLE_REMOTE_CONTROL = bool(REDIS_URL)  # its mailboxes would pile up in a folder
 CELERY_BROKER_CONNECTION_RETRY_ON_STARTUP = True
 CELERY_WORKER_HIJACK_ROOT_LOGGER = False
 CELERY_BEAT_SCHEDULE_FILENAME = str(VAR / "beat-schedule")
-CELERY_BEAT_SCHEDULE = {
+CELERY_BEAT_SCHEDULE: dict[str, dict[str, Any]] = {
     "rollouts-tick": {"task": "fleet.rollouts.tasks.tick", "schedule": TICK_SECONDS},
     "validate-sweep": {"task": "fleet.releases.tasks.sweep", "schedule": SWEEP_SECONDS},
     "feedback-sweep": {"task": "fleet.feedback.tasks.sweep", "schedule": SWEEP_SECONDS},
     "feedback-retention": {"task": "fleet.feedback.tasks.retention", "schedule": crontab(hour="4", minute="30")},
     "spread-history": {"task": "fleet.devices.tasks.record_spread", "schedule": SWEEP_SECONDS},
+    "device-retention": {"task": "fleet.devices.tasks.retention", "schedule": crontab(hour="4", minute="10")},
 }
+for _entry in CELERY_BEAT_SCHEDULE.values():
+    # A worker that was busy or away does one of each when it is back, not all that it missed.
+    if isinstance(_entry["schedule"], float):
+        _entry["options"] = {"expires": max(_entry["schedule"], 5.0)}
 
 # --- Django ------------------------------------------------------------------------------------------------------
 INSTALLED_APPS = [
@@ -141,16 +164,22 @@ INSTALLED_APPS = [
     "fleet.feedback",
     "fleet.dashboard",
     "fleet.api",
+    "fleet.operations",
 ]
 MIDDLEWARE = [
+    "fleet.operations.health.HealthMiddleware",
+    "django_prometheus.middleware.PrometheusBeforeMiddleware",
     "django.middleware.security.SecurityMiddleware",
     "whitenoise.middleware.WhiteNoiseMiddleware",
+    "django_structlog.middlewares.RequestMiddleware",
     "django.contrib.sessions.middleware.SessionMiddleware",
     "django.middleware.common.CommonMiddleware",
     "django.middleware.csrf.CsrfViewMiddleware",
     "django.contrib.auth.middleware.AuthenticationMiddleware",
     "django.contrib.messages.middleware.MessageMiddleware",
+    "fleet.dashboard.middleware.ViewerTimeZone",
     "django.middleware.clickjacking.XFrameOptionsMiddleware",
+    "django_prometheus.middleware.PrometheusAfterMiddleware",
 ]
 ROOT_URLCONF = "fleet.urls"
 WSGI_APPLICATION = "fleet.wsgi.application"
@@ -172,7 +201,7 @@ AUTH_PASSWORD_VALIDATORS = [
     {"NAME": "django.contrib.auth.password_validation.CommonPasswordValidator"},
 ]
 USE_TZ = True
-TIME_ZONE = env.str("FLEET_TIME_ZONE", "UTC")
+TIME_ZONE = env.str("FLEET_TIME_ZONE", "UTC")  # of the admin's pages, where the browser does not tell
 LANGUAGE_CODE = "en-gb"
 LOGIN_URL = "admin:login"
 
@@ -186,6 +215,21 @@ if BEHIND_TLS:
     SESSION_COOKIE_SECURE = True
     CSRF_COOKIE_SECURE = True
 
+# --- logs and metrics --------------------------------------------------------------------------------------------
+LOG_JSON: bool = env.bool("FLEET_LOG_JSON", PRODUCTION)  # one JSON object a line instead of text
+LOG_LEVEL: str = env.str("FLEET_LOG_LEVEL", "INFO").upper()  # DEBUG logs every request and task
+LOGGING_CONFIG = "fleet.operations.logs.configure"
+LOGGING = {"json": LOG_JSON, "level": LOG_LEVEL}
+# A request that went well is worth no line: polls are thousands a second, and they are counted in the metrics.
+DJANGO_STRUCTLOG_STATUS_DEFAULT_LOG_LEVEL = logging.DEBUG
+DJANGO_STRUCTLOG_STATUS_4XX_LOG_LEVEL = logging.INFO
+DJANGO_STRUCTLOG_CELERY_ENABLED = True
+DJANGO_STRUCTLOG_CELERY_DEFAULT_LOG_LEVEL = logging.DEBUG
+DJANGO_STRUCTLOG_CELERY_TASK_FAILURE_LOG_LEVEL = logging.ERROR
+METRICS_TOKEN: str = env.str("FLEET_METRICS_TOKEN", "")  # what a scraper of /metrics shows as its bearer token
+PROMETHEUS_EXPORT_MIGRATIONS = False
+
+# --- interfaces --------------------------------------------------------------------------------------------------
 REST_FRAMEWORK = {
     "DEFAULT_AUTHENTICATION_CLASSES": [
         "rest_framework.authentication.SessionAuthentication",
@@ -211,6 +255,13 @@ SPECTACULAR_SETTINGS = {
     "DESCRIPTION": "Model releases, rollouts and feedback for devices.",
     "VERSION": "1",
     "SERVE_INCLUDE_SCHEMA": False,
+    "ENUM_NAME_OVERRIDES": {
+        "ReleaseState": "fleet.releases.models.Release.State",
+        "VariantState": "fleet.releases.models.Variant.State",
+        "DeviceState": "fleet.devices.models.Device.State",
+        "RolloutState": "fleet.rollouts.models.Rollout.State",
+        "BatchState": "fleet.feedback.models.Batch.State",
+    },
     "SWAGGER_UI_DIST": "SIDECAR",
     "SWAGGER_UI_FAVICON_HREF": "SIDECAR",
     "REDOC_DIST": "SIDECAR",

@@ -49,6 +49,7 @@ class World:
             "FLEET_VAR": str(self.var),
             "FLEET_PUBLIC_URL": self.url,
             "FLEET_SECRET_KEY": secrets.token_hex(32),
+            "DJANGO_SUPERUSER_PASSWORD": self.password,
             "FLEET_POLL_INTERVAL": "1",
             "FLEET_TICK_SECONDS": "1",
             "FLEET_SWEEP_SECONDS": "2",
@@ -74,17 +75,21 @@ class World:
         return process
 
     def manage(self, *arguments: str) -> str:
-        return self._run("manage.py", *arguments)
+        return self._run("manage.py", *arguments)[0]
+
+    def manage_with_notes(self, *arguments: str) -> str:
+        """The same, with what the command says to people on standard error."""
+        return "".join(reversed(self._run("manage.py", *arguments)))
 
     def publish(self, *arguments: str) -> str:
-        return self._run("-m", "device_sdk.publish", *arguments)
+        return self._run("-m", "device_sdk.publish", *arguments)[0]
 
-    def _run(self, *arguments: str) -> str:
+    def _run(self, *arguments: str) -> tuple[str, str]:
         command = [sys.executable, *arguments]
         done = subprocess.run(command, cwd=ROOT, env=self._environment, capture_output=True, text=True, check=False)
         if done.returncode:
             raise DemoError(f"{' '.join(arguments)} exited with {done.returncode}:\n{done.stdout}{done.stderr}")
-        return done.stdout
+        return done.stdout, done.stderr
 
     def close(self) -> None:
         """End every process that was started, politely first. Safe to call twice."""

@@ -8,6 +8,8 @@ from device_sdk.protocol.errors import ProtocolError
 from device_sdk.protocol.names import ReleasePath, check_model, check_sha256
 
 DAY_MINUTES = 24 * 60
+MAX_SAMPLES = 10**7
+MAX_JITTER_SECONDS = 86_400
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,10 +86,10 @@ class Sampling:
         return cls(
             campaign=fields.take_text(item, "campaign", limit=64),
             rate=fields.take_decimal(item, "rate", low=0, high=1),
-            max_samples=fields.take_int(item, "max_samples", high=10**7),
+            max_samples=fields.take_int(item, "max_samples", high=MAX_SAMPLES),
             expires=fields.take_int(item, "expires", high=2**40),
             window=Window.parse(item.get("window")),
-            jitter_seconds=fields.take_int(item, "jitter_seconds", high=86_400),
+            jitter_seconds=fields.take_int(item, "jitter_seconds", high=MAX_JITTER_SECONDS),
         )
 
 

@@ -20,6 +20,8 @@ KINDS = frozenset(
     {WAITING, DOWNLOADING, VERIFYING, TESTING, ACTIVATING, PROBATION, COMMITTED, FAILED, ROLLED_BACK, REFUSED, HEALTH}
 )
 DETAIL_KEYS = 32
+DETAIL_CHARS = 200
+LARGEST = 1e300
 
 _ID = re.compile(r"[0-9a-f]{32}")
 
@@ -45,8 +47,8 @@ class Event:
             "model": self.model,
             "release": str(self.release) if self.release else None,
             "rollout": self.rollout,
-            "reason": self.reason[: limits.REASON_CHARS],
-            "detail": dict(self.detail),
+            "reason": fields.plain(self.reason)[: limits.REASON_CHARS],
+            "detail": {key: _plain(value) for key, value in self.detail.items()},
         }
 
     @classmethod
@@ -98,11 +100,19 @@ class EventPost:
         )
 
 
+def _plain(value: float | str) -> float | str:
+    """What the other side accepts: reports of broken models hold broken numbers, and must arrive all the same."""
+    if isinstance(value, str):
+        return fields.plain(value)[:DETAIL_CHARS]
+    return value if -LARGEST <= value <= LARGEST else str(value)[:DETAIL_CHARS]
+
+
 def _detail(item: fields.Json) -> dict[str, float | str]:
     detail = fields.as_object(item.get("detail", {}), "detail")
     if len(detail) > DETAIL_KEYS:
         raise ProtocolError("malformed", f"detail: expected at most {DETAIL_KEYS} keys; got {len(detail)}")
     for key, value in detail.items():
-        if len(key) > 64 or not (isinstance(value, (int, float)) or (isinstance(value, str) and len(value) <= 200)):
+        number = isinstance(value, (int, float)) and -LARGEST <= value <= LARGEST  # refuses 1e999, which is infinite
+        if len(key) > 64 or not (number or (isinstance(value, str) and len(value) <= DETAIL_CHARS)):
             raise ProtocolError("malformed", f"detail: expected short text or numbers; got {key!r:.64}: {value!r:.60}")
     return detail

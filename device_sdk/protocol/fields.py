@@ -19,6 +19,7 @@ def parse_object(data: bytes | str, *, limit: int, what: str) -> dict[str, Any]:
         raise ProtocolError("too_large", f"{what}: expected at most {limit} bytes; got {len(data)}")
     try:
         value = json.loads(data, parse_constant=_refuse_constant)
+        _check_texts(value)
     except (ValueError, RecursionError) as error:
         raise ProtocolError("malformed", f"{what}: expected a JSON object; {error}") from error
     return as_object(value, what)
@@ -27,6 +28,13 @@ def parse_object(data: bytes | str, *, limit: int, what: str) -> dict[str, Any]:
 def canonical(value: object) -> bytes:
     """One byte string for one value: sorted keys, no spaces, ASCII. What hashes are taken over."""
     return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False).encode("ascii")
+
+
+def plain(text: str) -> str:
+    """`text` as every database and file can keep it: NUL and halves of surrogate pairs become question marks."""
+    if text.isascii():
+        return text.replace("\0", "?")
+    return text.encode("utf-8", "replace").decode().replace("\0", "?")
 
 
 def as_object(value: object, what: str) -> dict[str, Any]:
@@ -90,6 +98,20 @@ def take_bool(source: Json, name: str, *, default: bool = False) -> bool:
 
 def _refuse_constant(name: str) -> None:
     raise ValueError(f"{name} is not JSON")
+
+
+def _check_texts(value: object) -> None:
+    """Refuse what JSON can say but databases and files cannot keep: NUL, and halves of surrogate pairs."""
+    if isinstance(value, str):
+        if plain(value) != value:
+            raise ValueError("text with NUL or half a character")
+    elif isinstance(value, dict):
+        for key, item in value.items():
+            _check_texts(key)
+            _check_texts(item)
+    elif isinstance(value, list):
+        for item in value:
+            _check_texts(item)
 
 
 def _shown(value: object) -> str:

@@ -21,8 +21,8 @@ WANT_HEADER = "Fleet-Want"  # "runs": the server does not know this running set,
 ROOT_PARAMETER = "root"  # the newest root version that the device trusts; later ones come in the bundle
 BINDING = "x-device"  # signed in timestamp: whose view this is
 
-_TAG = re.compile(r'(?:W/)?"(\d{1,19})-([0-9a-f]{16})"')
-_METADATA_NAME = re.compile(r"(?:\d{1,19}\.)?[a-z0-9][a-z0-9._-]{0,63}\.json")
+_TAG = re.compile(r'(?:W/)?"([0-9]{1,19})-([0-9a-f]{16})"')
+_METADATA_NAME = re.compile(r"(?:[0-9]{1,19}\.)?[a-z0-9][a-z0-9._-]{0,63}\.json")
 
 
 def running_digest(runs: Mapping[str, str]) -> str:

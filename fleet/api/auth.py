@@ -1,28 +1,37 @@
 """Who calls: people by session, CI and operators by API token. Devices have their own credential, see `devices`."""
 
-from typing import Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from knox.auth import TokenAuthentication
+from rest_framework.exceptions import AuthenticationFailed
 from rest_framework.permissions import BasePermission, DjangoModelPermissions
-from rest_framework.request import Request
-from rest_framework.views import APIView
 
 from fleet.accounts.models import OPERATE, PUBLISH, READ, ApiToken
+
+if TYPE_CHECKING:  # the settings name these classes, so the views import this module, not the other way round
+    from rest_framework.request import Request
+    from rest_framework.views import APIView
 
 
 class ApiTokenAuthentication(TokenAuthentication):  # type: ignore[misc]  # knox ships no types
     """`Authorization: Bearer flt_…`, hashed and expiring by knox."""
 
-    def authenticate_header(self, request: Request) -> str:
+    def authenticate_header(self, request: "Request") -> str:
         return "Bearer"
+
+    def authenticate_credentials(self, token: bytes) -> Any:
+        if not token.isascii():  # knox would raise UnicodeDecodeError: a 500 for the asking
+            raise AuthenticationFailed("Invalid token.")
+        return super().authenticate_credentials(token)
 
 
 class ModelPermissions(DjangoModelPermissions):
     """Django's permissions for the user, reading included, and the token's scope where there is a token."""
 
-    perms_map = {**DjangoModelPermissions.perms_map, "GET": ["%(app_label)s.view_%(model_name)s"]}
+    _view: ClassVar = ["%(app_label)s.view_%(model_name)s"]
+    perms_map = {**DjangoModelPermissions.perms_map, "GET": _view, "HEAD": _view}
 
-    def has_permission(self, request: Request, view: APIView) -> bool:
+    def has_permission(self, request: "Request", view: "APIView") -> bool:
         needed = READ if request.method in {"GET", "HEAD", "OPTIONS"} else OPERATE
         return _in_scope(request.auth, {needed, OPERATE}) and super().has_permission(request, view)
 
@@ -32,7 +41,7 @@ class MayPublish(BasePermission):
 
     message = "this needs an API token with the scope 'publish'"
 
-    def has_permission(self, request: Request, view: APIView) -> bool:
+    def has_permission(self, request: "Request", view: "APIView") -> bool:
         return isinstance(request.auth, ApiToken) and _in_scope(request.auth, {PUBLISH})
 
 

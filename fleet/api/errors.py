@@ -20,7 +20,7 @@ def handle(error: Exception, context: dict[str, Any]) -> Response | None:
     if isinstance(error, FleetError):
         return Response(body(error.code, error.message, error.detail), status=error.status)
     if isinstance(error, ProtocolError):
-        return Response(body(error.code, error.message), status=400)
+        return Response(body(error.code, error.message), status=413 if error.code == "too_large" else 400)
     response = exception_handler(error, context)
     if response is not None:
         response.data = _shaped(error)
@@ -30,8 +30,11 @@ def handle(error: Exception, context: dict[str, Any]) -> Response | None:
 def json_error(error: FleetError | ProtocolError) -> JsonResponse:
     """The same for plain Django views."""
     if isinstance(error, FleetError):
-        return JsonResponse(body(error.code, error.message, error.detail), status=error.status)
-    return JsonResponse(body(error.code, error.message), status=400)
+        response = JsonResponse(body(error.code, error.message, error.detail), status=error.status)
+        if error.status == 401:
+            response["WWW-Authenticate"] = "Bearer"
+        return response
+    return JsonResponse(body(error.code, error.message), status=413 if error.code == "too_large" else 400)
 
 
 def not_found(request: HttpRequest, exception: Exception) -> JsonResponse:

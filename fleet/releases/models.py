@@ -78,6 +78,8 @@ class Variant(models.Model):
     opset = models.PositiveIntegerField(null=True, blank=True)
     size = models.PositiveBigIntegerField(default=0)  # bytes of all files
     validated_at = models.DateTimeField(null=True, blank=True)
+    claimed_at = models.DateTimeField(null=True, blank=True, editable=False)  # a worker validates it since then
+    attempts = models.PositiveIntegerField(default=0, editable=False)  # claims that came to no end
 
     class Meta:
         ordering: ClassVar = ["name"]

@@ -29,6 +29,7 @@ class Rollout(models.Model):
     salt = models.CharField(max_length=32, editable=False)
     stage_index = models.PositiveIntegerField(default=0)
     stage_since = models.DateTimeField(null=True, blank=True)
+    forgiven = models.PositiveIntegerField(default=0, editable=False)  # failures that a person accepted by resuming
     on_failure = models.CharField(max_length=10, choices=OnFailure.choices, default=OnFailure.ROLL_BACK)
     urgent = models.BooleanField(default=False)
     window = models.JSONField(null=True, blank=True)  # {"start": minute, "end": minute} of the device's day
@@ -111,3 +112,15 @@ class RolloutAction(models.Model):
 
     def __str__(self) -> str:
         return f"{self.action} by {self.actor}"
+
+
+class PolicyRevision(models.Model):
+    """One row whose key changes with every policy write, in the same transaction: compiled snapshots are kept by it.
+
+    Random, not a counter: after a restored backup or a rolled-back transaction, no key ever means something else.
+    """
+
+    key = models.CharField(max_length=32)
+
+    def __str__(self) -> str:
+        return self.key

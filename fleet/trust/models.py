@@ -11,6 +11,8 @@ class RoleMetadata(models.Model):
     role = models.CharField(max_length=64)
     version = models.PositiveBigIntegerField()
     content = models.TextField()
+    sha256 = models.CharField(max_length=64)  # of `content`, as the snapshot lists it
+    length = models.PositiveIntegerField()
     expires_at = models.DateTimeField()
     created_at = models.DateTimeField(auto_now_add=True)
 

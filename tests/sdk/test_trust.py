@@ -235,9 +235,11 @@ def test_an_assignment_that_does_not_parse_is_refused(sim, opened, custom):
     assert caught.value.code in {"malformed", "invalid_name"}
 
 
-def test_a_manifest_whose_bytes_are_not_those_signed_is_refused(sim, opened):
+@pytest.mark.parametrize(("old", "new"), [('"length":', '"length":1'), ('"metadata":{}', '"metadata":{} ')])
+def test_a_manifest_whose_bytes_are_not_those_signed_is_refused(sim, opened, old, new):
     bundle = sim.bundle()
-    manifests = {sha: text.replace("1.0.0", "9.9.9") for sha, text in bundle.manifests.items()}
+    manifests = {sha: text.replace(old, new) for sha, text in bundle.manifests.items()}
+    assert manifests != bundle.manifests
     with refused("bad_manifest"):
         opened().accept(replace(bundle, manifests=manifests), sim.now)
 
@@ -351,10 +353,23 @@ def test_scratch_left_by_a_power_cut_or_planted_does_no_harm(sim, opened, home, 
     (outside / "kept").touch()
     (home / "scratch").symlink_to(outside)
     view = trust.accept(sim.bundle(), sim.now)
-    (home / "scratch").mkdir()
+    (home / "scratch" / "root_history").mkdir(parents=True)
     (home / "scratch" / "timestamp.json").write_text("junk")
     assert trust.accept(sim.bundle(), sim.now).version > view.version
-    assert (outside / "kept").exists()
+    assert [path.name for path in outside.iterdir()] == ["kept"]
+
+
+def test_the_view_holds_the_floor_too_should_floor_and_roots_both_be_lost(sim, opened, home):
+    thief = sim.copy()
+    sim.rotate_root(online="online-2")
+    opened().accept(sim.bundle(), sim.now)
+    (home / "floor.json").unlink()
+    (home / "roots.json").unlink()
+    thief.now = sim.now
+    trust = opened()
+    with refused("replayed"):
+        trust.accept(thief.bundle(), thief.now)
+    assert trust.accept(sim.bundle(root=trust.root_version), sim.now)
 
 
 def test_losing_everything_is_starting_afresh(sim, opened, home):

@@ -1,0 +1,216 @@
+"""What the pages of single rows show beside their fields: tables for unfold's component, as plain values."""
+
+from base64 import b64encode
+from collections import Counter
+from datetime import timedelta
+from typing import Any
+
+from django.utils import timezone
+from django.utils.html import format_html
+
+from device_sdk.protocol.errors import ProtocolError
+from device_sdk.protocol.manifest import Manifest
+from fleet import presentation
+from fleet.dashboard import selectors
+from fleet.devices import selectors as devices
+from fleet.devices.models import Device, EnrolmentToken
+from fleet.errors import FleetError
+from fleet.releases.models import Model, Release, Variant
+from fleet.rollouts.models import Outcome, Rollout
+from fleet.trust.provisioning import provision
+
+EVENTS = 50
+OUTCOMES = 200
+
+Table = dict[str, Any]
+
+
+def table(headers: list[str], rows: list[list[Any]]) -> Table:
+    return {"headers": headers, "rows": rows}
+
+
+# --- rollouts -----------------------------------------------------------------------------------------------------
+def guards(rollout: Rollout) -> Table:
+    """What each stage asks before it passes."""
+    rows = [
+        [
+            f"{stage.percent:g} %",
+            f"{stage.success_threshold:.0%} of {stage.min_reports} or more reports",
+            stage.failure_budget,
+            _span(stage.soak_seconds),
+            presentation.ago(stage.entered_at, never="-"),
+            presentation.ago(stage.passed_at, never="-"),
+        ]
+        for stage in rollout.stages.all()
+    ]
+    return table(["Stage", "Success needed", "Failures allowed", "Shortest time", "Entered", "Passed"], rows)
+
+
+def _span(seconds: int) -> str:
+    for unit, length in (("d", 86_400), ("h", 3_600), ("min", 60)):
+        if seconds >= length:
+            return f"{seconds / length:g} {unit}"
+    return f"{seconds} s"
+
+
+def outcomes(rollout: Rollout) -> dict[str, Any]:
+    """Devices of a rollout, failures first; `reasons` sums up why."""
+    failed = rollout.outcomes.filter(state=Outcome.State.FAILED)
+    reasons = Counter(reason.split(":")[0] or "no reason given" for reason in failed.values_list("reason", flat=True))
+    rows = rollout.outcomes.select_related("device").order_by("-state", "-changed_at")
+    order = {Outcome.State.FAILED: 0, Outcome.State.UPDATING: 1, Outcome.State.COMMITTED: 2}
+    shown = [*failed.select_related("device")[:OUTCOMES], *rows.exclude(state=Outcome.State.FAILED)[:OUTCOMES]]
+    shown = sorted(shown[:OUTCOMES], key=lambda row: order[Outcome.State(row.state)])
+    cells = [
+        [
+            presentation.link(row.device),
+            presentation.state(row.state),
+            row.reason or row.step,
+            presentation.ago(row.changed_at),
+        ]
+        for row in shown
+    ]
+    return {
+        "reasons": reasons.most_common(6),
+        "total": rollout.outcomes.count(),
+        "table": table(["Device", "State", "Last said", "When"], cells),
+    }
+
+
+# --- devices ------------------------------------------------------------------------------------------------------
+def device(row: Device) -> dict[str, Any]:
+    events = list(row.events.exclude(kind="health")[: EVENTS + 1])
+    return {
+        "seen": presentation.presence(row.last_seen, devices.offline_before()),
+        "labels": presentation.label_chips(row.labels),
+        "models": _models_of(row),
+        "events": events[:EVENTS],
+        "more": len(events) > EVENTS,
+        "rollouts": table(
+            ["Rollout", "State", "When"],
+            [
+                [presentation.link(o.rollout), presentation.state(o.state), presentation.ago(o.changed_at)]
+                for o in row.outcomes.select_related("rollout__release__model").order_by("-changed_at")[:8]
+            ],
+        ),
+        "batches": table(
+            ["Batch", "Samples", "State", "When"],
+            [
+                [
+                    presentation.link(b, b.model.name),
+                    b.samples,
+                    presentation.state(b.state),
+                    presentation.ago(b.announced_at),
+                ]
+                for b in row.batches.select_related("model")[:8]
+            ],
+        ),
+    }
+
+
+def _models_of(row: Device) -> Table:
+    runs = row.runs.runs if row.runs else {}
+    statuses = {status.model: status for status in row.statuses.all()}
+    cells = []
+    for model in row.model_names:
+        status = statuses.get(model)
+        cells.append(
+            [
+                model,
+                runs.get(model, "nothing yet"),
+                presentation.state(status.state) if status else "-",
+                presentation.ago(status.since) if status else "-",
+                status.reason if status else "",
+                ", ".join(f"{key} {value}" for key, value in sorted(status.health.items())) if status else "",
+            ]
+        )
+    return table(["Model", "Runs", "State", "Since", "Reason", "Health"], cells)
+
+
+# --- models and releases ------------------------------------------------------------------------------------------
+def model(row: Model) -> dict[str, Any]:
+    from fleet.dashboard import views
+
+    spread = selectors.spread_of(row, timezone.now(), timedelta(days=30))
+    releases = row.releases.all()[:50]
+    return {
+        "spread": views.spread_context(spread),
+        "releases": table(
+            ["Release", "State", "Published by", "Published"],
+            [
+                [
+                    presentation.link(r, r.version),
+                    presentation.state(r.state),
+                    r.published_by,
+                    presentation.ago(r.created_at),
+                ]
+                for r in releases
+            ],
+        ),
+    }
+
+
+def variants(row: Release) -> list[dict[str, Any]]:
+    return [_variant(variant) for variant in row.variants.all()]
+
+
+def _variant(variant: Variant) -> dict[str, Any]:
+    manifest = _manifest(variant)
+    return {
+        "of": variant,
+        "facts": _facts(manifest) if manifest else [],
+        "tensors": table(
+            ["", "Name", "Type", "Shape"],
+            [
+                [side, spec.get("name"), spec.get("dtype"), _shape(spec.get("shape") or [])]
+                for side, specs in (("input", variant.inputs), ("output", variant.outputs))
+                for spec in specs
+            ],
+        ),
+        "files": table(
+            ["Name", "Size", "SHA-256"],
+            [
+                [
+                    format_html("{}{}", f.name, " (entry)" if f.name == manifest.entry else ""),
+                    presentation.size(f.length),
+                    presentation.short(f.sha256, 20),
+                ]
+                for f in manifest.files
+            ]
+            if manifest
+            else [],
+        ),
+    }
+
+
+def _manifest(variant: Variant) -> Manifest | None:
+    try:
+        return Manifest.parse(variant.manifest.encode())
+    except ProtocolError:
+        return None  # shown without what only the manifest knows
+
+
+def _facts(manifest: Manifest) -> list[tuple[str, str]]:
+    floors = manifest.requires
+    named = [("Needs SDK", floors.sdk), ("Needs runtime", floors.runtime), ("Needs opset", str(floors.opset or ""))]
+    named.append(("Needs memory", presentation.size(floors.memory) if floors.memory else ""))
+    return [(name, value) for name, value in [*named, *sorted(manifest.metadata.items())] if value]
+
+
+def _shape(sizes: list[Any]) -> str:
+    return (
+        " × ".join(  # noqa: RUF001  # as people write it
+            "?" if size is None else str(size) for size in sizes
+        )
+        or "scalar"
+    )
+
+
+# --- enrolment ----------------------------------------------------------------------------------------------------
+def provisioning(token: EnrolmentToken, secret: str) -> dict[str, str]:
+    """The device's `provision.json` for a download; or the problem that stands in the way."""
+    try:
+        content = provision(secret=secret, models=token.model_names)
+    except FleetError as error:
+        return {"problem": f"{error.message[:1].upper()}{error.message[1:]}."}
+    return {"base64": b64encode(content).decode()}

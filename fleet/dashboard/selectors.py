@@ -1,0 +1,458 @@
+"""What the first page shows, as plain values. Reads only; each function costs a fixed number of queries.
+
+Nothing here decides anything about a device: the target of a model is read from the newest rollout that stands.
+"""
+
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from itertools import pairwise
+
+from django.conf import settings
+from django.db.models import Count, Max, Min, Q, QuerySet, Sum
+from django.db.models.functions import TruncDay, TruncHour, TruncMinute
+
+from fleet.devices import selectors as devices
+from fleet.devices.models import Device, EnrolmentToken, RunningSet, SpreadSample
+from fleet.feedback.models import Batch, DatasetPart
+from fleet.releases.models import Model, Release
+from fleet.rollouts import selectors as rollouts
+from fleet.rollouts.models import Rollout, Stage
+from fleet.trust.models import RoleMetadata
+
+NOTHING = ""  # the version of a device that runs no release of a model yet
+SERIES = 6  # versions with a colour of their own; older ones are one "other"
+LAGGARDS = 12  # shown
+REASONS = {  # of `rollouts.selectors`, for people
+    rollouts.PINNED: "pinned",
+    rollouts.OFFLINE: "offline",
+    rollouts.FAILED_THERE: "failed",
+    rollouts.PAUSED: "rollout paused",
+    rollouts.NOT_ADMITTED: "later stage",
+    rollouts.WAITING: "waiting",
+    rollouts.UPDATING_NOW: "updating",
+    rollouts.UNSEEN: "not polled yet",
+}
+IN_FLIGHT = (Rollout.State.RUNNING, Rollout.State.PAUSED, Rollout.State.HALTED, Rollout.State.AWAITING_APPROVAL)
+
+
+@dataclass(frozen=True, slots=True)
+class Slice:
+    """So many devices run this version. `series` numbers its colour."""
+
+    version: str
+    devices: int
+    percent: float
+    series: str
+    release: int | None = None
+
+    @property
+    def label(self) -> str:
+        return self.version or "none yet"
+
+
+@dataclass(frozen=True, slots=True)
+class Line:
+    label: str
+    series: str
+    points: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class History:
+    """Counts at evenly spaced moments, one line for each version, oldest moment first."""
+
+    moments: tuple[datetime, ...]
+    lines: tuple[Line, ...]
+    step: timedelta
+
+
+@dataclass(frozen=True, slots=True)
+class ModelSpread:
+    model: Model
+    devices: int
+    slices: tuple[Slice, ...]
+    target: str | None
+    history: History
+
+    @property
+    def on_target(self) -> int:
+        return sum(s.devices for s in self.slices if s.version == self.target)
+
+    @property
+    def on_target_percent(self) -> int:
+        return round(100 * self.on_target / self.devices) if self.devices else 0
+
+
+@dataclass(frozen=True, slots=True)
+class StageBar:
+    """One stage as a bar: shares of its devices in percent."""
+
+    index: int
+    percent: float
+    state: str  # passed, current, next
+    committed: float
+    updating: float
+    failed: float
+
+    @property
+    def items(self) -> list[dict[str, object]]:
+        """The parts of unfold's progress component; an empty part keeps the bar's track on the page."""
+        parts = (
+            ("committed", self.committed, "good"),
+            ("updating", self.updating, "info"),
+            ("failed", self.failed, "bad"),
+        )
+        return [{"title": name, "value": value, "progress_class": f"tone-{tone}"} for name, value, tone in parts]
+
+
+@dataclass(frozen=True, slots=True)
+class RolloutCard:
+    rollout: Rollout
+    stages: tuple[StageBar, ...]
+    admitted: int
+    updating: int
+    committed: int
+    failed: int
+
+    @property
+    def current(self) -> int:
+        """The number of the stage it is at, from 1."""
+        return min(self.rollout.stage_index + 1, max(len(self.stages), 1))
+
+
+@dataclass(frozen=True, slots=True)
+class Laggards:
+    """`total` devices lag; the first of them, and all of them by reason."""
+
+    total: int
+    rows: tuple[rollouts.Laggard, ...]
+    reasons: tuple[tuple[str, int], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Seen:
+    label: str
+    devices: int
+    percent: float
+    tone: str
+
+
+@dataclass(frozen=True, slots=True)
+class Presence:
+    """Active devices by when they were last seen; the first row is who answers now."""
+
+    active: int
+    pending: int
+    rows: tuple[Seen, ...]
+
+    @property
+    def online(self) -> int:
+        return self.rows[0].devices
+
+    @property
+    def silent(self) -> int:
+        """Not seen for a day."""
+        return sum(row.devices for row in self.rows[3:])
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """Something to do before the first device runs a signed model."""
+
+    title: str
+    why: str
+    command: str
+    done: bool
+
+
+# --- presence -----------------------------------------------------------------------------------------------------
+def presence(now: datetime) -> Presence:
+    bounds = (devices.offline_before(), now - timedelta(hours=1), now - timedelta(days=1), now - timedelta(days=7))
+    counts = Device.objects.aggregate(
+        active=Count("pk", filter=Q(state=Device.State.ACTIVE)),
+        pending=Count("pk", filter=Q(state=Device.State.PENDING)),
+        **{
+            f"after{n}": Count("pk", filter=Q(state=Device.State.ACTIVE, last_seen__gte=bound))
+            for n, bound in enumerate(bounds)
+        },
+    )
+    reached = [counts[f"after{n}"] for n in range(len(bounds))]
+    parts = [reached[0], *(max(0, b - a) for a, b in pairwise(reached))]
+    parts.append(counts["active"] - sum(parts))
+    labels = ("Online", "Within the hour", "Within a day", "Within a week", "Longer or never")
+    tones = ("good", "calm", "quiet", "warn", "bad")
+    return Presence(
+        active=counts["active"],
+        pending=counts["pending"],
+        rows=tuple(
+            Seen(label, number, _percent(number, counts["active"]), tone)
+            for label, number, tone in zip(labels, parts, tones, strict=True)
+        ),
+    )
+
+
+# --- spread -------------------------------------------------------------------------------------------------------
+def spreads(now: datetime, window: timedelta) -> list[ModelSpread]:
+    """Each model that exists: what its devices run now, and over the window."""
+    running = _running_now()
+    standing = targets()
+    releases = _releases_by_name()
+    return [
+        _model_spread(
+            model,
+            running.get(model.name, Counter()),
+            releases.get(model.name, {}),
+            standing.get(model.name),
+            now,
+            window,
+        )
+        for model in Model.objects.all()
+    ]
+
+
+def spread_of(model: Model, now: datetime, window: timedelta) -> ModelSpread:
+    """The same for one model."""
+    running = _running_now().get(model.name, Counter())
+    return _model_spread(
+        model, running, _releases_by_name().get(model.name, {}), targets().get(model.name), now, window
+    )
+
+
+def _model_spread(
+    model: Model,
+    counts: Counter[str],
+    releases: Mapping[str, int],
+    standing: Rollout | None,
+    now: datetime,
+    window: timedelta,
+) -> ModelSpread:
+    samples = _samples(model.name, now, window)
+    used = {version for _, version, _ in samples} | set(counts)
+    colours = _colours(used, releases)
+    total = counts.total()
+    return ModelSpread(
+        model=model,
+        devices=total,
+        slices=tuple(
+            Slice(version, counts[version], _percent(counts[version], total), colours[version], releases.get(version))
+            for version in _newest_first(counts, releases)
+        ),
+        target=standing.release.version if standing else None,
+        history=_history(samples, colours, now, window),
+    )
+
+
+def _running_now() -> dict[str, Counter[str]]:
+    """Devices by model and version. Grouped in the database: few distinct combinations, however many devices."""
+    running: dict[str, Counter[str]] = defaultdict(Counter)
+    sets = dict(RunningSet.objects.values_list("pk", "runs"))
+    groups = Device.objects.filter(state=Device.State.ACTIVE).values_list("model_names", "runs_id")
+    for names, runs_id, number in groups.annotate(number=Count("pk")).order_by():
+        runs = sets.get(runs_id, {}) if runs_id else {}
+        for model in names:
+            running[model][_version(runs.get(model))] += number
+    return running
+
+
+def _version(running: str | None) -> str:
+    return devices.version_of(running) if running else NOTHING
+
+
+def _releases_by_name() -> dict[str, dict[str, int]]:
+    """Model name to its versions, newest first, with their keys."""
+    found: dict[str, dict[str, int]] = defaultdict(dict)
+    for pk, model, version in Release.objects.values_list("pk", "model__name", "version"):
+        found[model][version] = pk
+    return found
+
+
+def _newest_first(versions: Iterable[str], releases: Mapping[str, int]) -> list[str]:
+    """By publication, then unknown ones, then "nothing"."""
+    order = {version: place for place, version in enumerate(releases)}
+    return sorted(versions, key=lambda v: (v == NOTHING, order.get(v, len(order)), v))
+
+
+def _colours(versions: set[str], releases: Mapping[str, int]) -> dict[str, str]:
+    named = [version for version in _newest_first(versions, releases) if version != NOTHING]
+    colours = {version: str(place) if place < SERIES else "other" for place, version in enumerate(named)}
+    return colours | {NOTHING: "none"}
+
+
+def _samples(model: str, now: datetime, window: timedelta) -> list[tuple[datetime, str, int]]:
+    """The last sample in each step of the window: what the chart can show, and not every row of it."""
+    rows = SpreadSample.objects.filter(model=model, at__gt=now - window, at__lte=now)
+    first = rows.aggregate(first=Min("at"))["first"]
+    if first is None:
+        return []
+    truncate = _truncation(now - first)
+    last = rows.annotate(step=truncate("at")).values("step").annotate(last=Max("at")).values("last").order_by()
+    return list(rows.filter(at__in=last).order_by("at").values_list("at", "version", "devices"))
+
+
+def _truncation(span: timedelta) -> type[TruncMinute] | type[TruncHour] | type[TruncDay]:
+    if span <= timedelta(hours=3):
+        return TruncMinute
+    return TruncHour if span <= timedelta(days=8) else TruncDay
+
+
+_STEPS = {TruncMinute: timedelta(minutes=1), TruncHour: timedelta(hours=1), TruncDay: timedelta(days=1)}
+
+
+def _history(
+    samples: list[tuple[datetime, str, int]], colours: Mapping[str, str], now: datetime, window: timedelta
+) -> History:
+    """Evenly spaced, each moment carrying the newest sample before it: a quiet fleet is a flat line, not a gap."""
+    if not samples:
+        return History(moments=(), lines=(), step=timedelta())
+    step = _STEPS[_truncation(now - samples[0][0])]
+    by_moment: dict[datetime, dict[str, int]] = defaultdict(dict)
+    for at, version, number in samples:
+        by_moment[at][version] = number
+    moments = _moments(samples[0][0], now, step)
+    states = _carried(sorted(by_moment.items()), moments)
+    lines: dict[str, list[int]] = {}
+    for place, state in enumerate(states):
+        for version, number in state.items():
+            label = _line_label(version, colours)
+            lines.setdefault(label, [0] * len(moments))[place] += number
+    series = {_line_label(version, colours): colour for version, colour in colours.items()}
+    order = [*map(str, range(SERIES)), "other", "none"]
+    return History(
+        moments=tuple(moments),
+        lines=tuple(
+            Line(label, series[label], tuple(points))
+            for label, points in sorted(lines.items(), key=lambda item: order.index(series[item[0]]))
+        ),
+        step=step,
+    )
+
+
+def _line_label(version: str, colours: Mapping[str, str]) -> str:
+    colour = colours[version]
+    return {"other": "older", "none": "none yet"}.get(colour, version)
+
+
+def _moments(first: datetime, now: datetime, step: timedelta) -> list[datetime]:
+    count = int((now - first) / step)
+    return [now - n * step for n in range(count, -1, -1)]
+
+
+def _carried(samples: list[tuple[datetime, dict[str, int]]], moments: list[datetime]) -> list[dict[str, int]]:
+    states, place = [], 0
+    for moment in moments:
+        while place + 1 < len(samples) and samples[place + 1][0] <= moment:
+            place += 1
+        states.append(samples[place][1])
+    return states
+
+
+# --- rollouts -----------------------------------------------------------------------------------------------------
+def targets() -> dict[str, Rollout]:
+    """For each model the newest rollout that stands: running, paused or completed. What laggards lag behind."""
+    standing = (Rollout.State.RUNNING, Rollout.State.PAUSED, Rollout.State.COMPLETED)
+    newest = Rollout.objects.filter(state__in=standing).values("release__model").annotate(newest=Max("pk"))
+    rows = Rollout.objects.filter(pk__in=newest.values("newest")).select_related("release__model")
+    return {rollout.release.model.name: rollout for rollout in rows}
+
+
+def in_flight() -> list[RolloutCard]:
+    rows = Rollout.objects.filter(state__in=IN_FLIGHT).select_related("release__model", "group", "created_by")
+    return [rollout_card(rollout) for rollout in rows.prefetch_related("stages")[:8]]
+
+
+def rollout_card(rollout: Rollout) -> RolloutCard:
+    progress = rollouts.progress(rollout)
+    total = max(progress.admitted, 1)
+    shares = (progress.committed / total, progress.updating / total, progress.failed / total)
+    return RolloutCard(
+        rollout=rollout,
+        stages=tuple(_stage_bar(rollout, stage, shares) for stage in rollout.stages.all()),
+        admitted=progress.admitted,
+        updating=progress.updating,
+        committed=progress.committed,
+        failed=progress.failed,
+    )
+
+
+def _stage_bar(rollout: Rollout, stage: Stage, shares: tuple[float, float, float]) -> StageBar:
+    state = _stage_state(rollout, stage.index)
+    return StageBar(stage.index, stage.percent, state, *_shares(state, shares))
+
+
+def _stage_state(rollout: Rollout, index: int) -> str:
+    if rollout.state == Rollout.State.COMPLETED or (rollout.started_at and index < rollout.stage_index):
+        return "passed"
+    return "current" if rollout.started_at and index == rollout.stage_index else "next"
+
+
+def _shares(state: str, current: tuple[float, float, float]) -> tuple[float, float, float]:
+    """A stage that passed is full; one to come is empty; the current one shows how its devices fare."""
+    if state == "current":
+        committed, updating, failed = (min(100.0, round(100 * share, 1)) for share in current)
+        return committed, updating, failed
+    return (100.0 if state == "passed" else 0.0, 0.0, 0.0)
+
+
+# --- laggards -----------------------------------------------------------------------------------------------------
+def laggards() -> Laggards:
+    """Devices that do not run what is meant for them, longest silent first, and the reasons summed up."""
+    found = sorted(rollouts.laggards(), key=lambda row: (row.device.last_seen is not None, row.device.last_seen))
+    reasons = Counter(REASONS.get(row.why, row.why) for row in found)
+    return Laggards(total=len(found), rows=tuple(found[:LAGGARDS]), reasons=tuple(reasons.most_common()))
+
+
+# --- feedback, first steps ---------------------------------------------------------------------------------
+def newest_batches() -> QuerySet[Batch]:
+    return Batch.objects.select_related("device", "model", "campaign")[:6]
+
+
+def samples_since(moment: datetime) -> int:
+    return Batch.objects.filter(announced_at__gte=moment).aggregate(n=Sum("samples"))["n"] or 0
+
+
+def data_set_rows() -> int:
+    return DatasetPart.objects.aggregate(n=Sum("rows"))["n"] or 0
+
+
+def first_steps() -> list[Step]:
+    """The way from an empty database to a device that runs a signed model. Empty once it has been walked."""
+    steps = [
+        Step(
+            "Create the signing keys",
+            "Root, targets and the online key. Keep root and targets offline afterwards.",
+            "python manage.py trust_init",
+            RoleMetadata.objects.filter(role="root").exists(),
+        ),
+        Step(
+            "Add a model",
+            "Delegates the model's releases to a key that only CI holds.",
+            "python manage.py trust_add_model detector --ci-key-out ci.key",
+            Model.objects.exists(),
+        ),
+        Step(
+            "Publish a release",
+            "From CI, with an API token of the scope publish (Access, API tokens).",
+            "fleet-publish push model.onnx --model detector --version 1.0.0 "
+            f"--server {settings.PUBLIC_URL} --key ci.key --wait",
+            Release.objects.exists(),
+        ),
+        Step(
+            "Let devices in",
+            "Add an enrolment token here, save its provision.json in the device's directory, then enrol.",
+            "fleet-device enrol /var/lib/fleet --name device-001",
+            EnrolmentToken.objects.exists() and Device.objects.exists(),
+        ),
+        Step(
+            "Roll the release out",
+            "Add a rollout: one release, a group of devices, and stages with guards.",
+            "",
+            Rollout.objects.exists(),
+        ),
+    ]
+    return [] if all(step.done for step in steps) else steps
+
+
+def _percent(part: int, whole: int) -> float:
+    return round(100 * part / whole, 1) if whole else 0.0

@@ -1,0 +1,81 @@
+"""What the templates of all rooms' admin pages take from the dashboard, beside unfold's own tags."""
+
+from datetime import datetime
+
+from django import template
+
+from fleet import presentation
+from fleet.dashboard import pages, selectors
+from fleet.rollouts import services
+from fleet.rollouts.models import Rollout
+
+register = template.Library()
+
+
+@register.filter
+def ago(moment: datetime | None) -> str:
+    return presentation.ago(moment)
+
+
+@register.filter
+def filesize(number: float) -> str:
+    return presentation.size(number)
+
+
+@register.filter
+def digest(value: str) -> str:
+    return presentation.short(value)
+
+
+@register.filter
+def state(value: str) -> str:
+    return presentation.state(value)
+
+
+@register.filter
+def colour(value: str) -> str:
+    """The label colour of a state."""
+    return presentation.STATE_COLOURS.get(value, "")
+
+
+@register.simple_tag
+def rollout_card(rollout: Rollout) -> selectors.RolloutCard:
+    return selectors.rollout_card(rollout)
+
+
+@register.filter
+def words(value: str) -> str:
+    """`rolled_back` as people say it, with a capital."""
+    return value.replace("_", " ").replace("-", " ").capitalize()
+
+
+# What the history of a rollout says of an action, and in which colour.
+_ACTIONS = {
+    services.CREATE: ("Created", ""),
+    services.START: ("Started", "info"),
+    services.PAUSE: ("Paused", "warning"),
+    services.RESUME: ("Resumed", "info"),
+    services.CANCEL: ("Cancelled", "danger"),
+    services.ROLL_BACK: ("Rolled back", "danger"),
+    services.ADVANCE: ("Advanced", "success"),
+    services.COMPLETE: ("Completed", "success"),
+    services.HALT: ("Halted", "danger"),
+}
+
+
+@register.filter
+def done(action: str) -> str:
+    return _ACTIONS.get(action, (words(action), ""))[0]
+
+
+@register.filter
+def action_tone(action: str) -> str:
+    return _ACTIONS.get(action, ("", ""))[1]
+
+
+register.simple_tag(pages.guards, name="rollout_guards")
+register.simple_tag(pages.outcomes, name="rollout_outcomes")
+register.simple_tag(pages.device, name="device_page")
+register.simple_tag(pages.variants, name="release_variants")
+register.simple_tag(pages.model, name="model_page")
+register.simple_tag(pages.provisioning, name="provisioning")

@@ -1,0 +1,92 @@
+"""Forms that turn what people type (`site=north, tier=gold`) into the mappings that models hold."""
+
+from typing import Any
+
+from django import forms
+from unfold.widgets import (
+    UnfoldAdminIntegerFieldWidget,
+    UnfoldAdminTextInputWidget,
+    UnfoldBooleanSwitchWidget,
+)
+
+from device_sdk.protocol.errors import ProtocolError
+from device_sdk.protocol.names import check_model
+from device_sdk.protocol.polls import check_labels
+from fleet.devices.models import EnrolmentToken, Group
+
+_PAIRS = "One per line or separated by commas: site=north, tier=gold."
+
+
+class PairsField(forms.CharField):
+    """`key=value` pairs. With `several`, a key may have `a|b` alternatives, and the value is a list."""
+
+    widget = UnfoldAdminTextInputWidget
+
+    def __init__(self, *, several: bool = False, **kwargs: Any) -> None:
+        self.several = several
+        super().__init__(required=False, **kwargs)
+
+    def to_python(self, value: Any) -> Any:
+        if isinstance(value, dict):
+            return value
+        pairs = [part.strip() for part in (value or "").replace("\n", ",").split(",") if part.strip()]
+        found = {}
+        for pair in pairs:
+            key, sign, text = pair.partition("=")
+            if not sign or not key.strip() or not text.strip():
+                raise forms.ValidationError(f"expected key=value; got {pair!r:.60}")
+            found[key.strip()] = text.strip()
+        try:
+            check_labels(found)
+        except ProtocolError as error:
+            raise forms.ValidationError(str(error)) from error
+        return {key: text.split("|") for key, text in found.items()} if self.several else found
+
+    def prepare_value(self, value: Any) -> Any:
+        if not isinstance(value, dict):
+            return value
+        return ", ".join(f"{k}={'|'.join(v) if isinstance(v, list) else v}" for k, v in sorted(value.items()))
+
+
+class GroupForm(forms.ModelForm):  # type: ignore[type-arg]
+    selector = PairsField(
+        several=True,
+        label="Chosen by labels",
+        help_text="Such as site=north|south, tier=gold: all labels must fit. Empty: every device.",
+    )
+
+    class Meta:
+        model = Group
+        fields = ("name", "description", "selector")
+
+
+class NamesField(forms.CharField):
+    widget = UnfoldAdminTextInputWidget
+
+    def to_python(self, value: Any) -> Any:
+        names = [part.strip() for part in (value or "").split(",") if part.strip()]
+        try:
+            return [check_model(name) for name in names]
+        except ProtocolError as error:
+            raise forms.ValidationError(str(error)) from error
+
+
+class EnrolmentTokenForm(forms.ModelForm):  # type: ignore[type-arg]
+    name = forms.CharField(
+        max_length=100, widget=UnfoldAdminTextInputWidget, help_text="For people: batch, site, order."
+    )
+    model_names = NamesField(label="Models", help_text="What its devices run: names, separated by commas.")
+    labels = PairsField(help_text=f"Set on every device that uses it. {_PAIRS}")
+    max_uses = forms.IntegerField(label="Devices", min_value=1, initial=1, widget=UnfoldAdminIntegerFieldWidget)
+    days = forms.IntegerField(
+        label="Valid for days", min_value=1, max_value=365, initial=7, widget=UnfoldAdminIntegerFieldWidget
+    )
+    needs_approval = forms.BooleanField(
+        required=False,
+        widget=UnfoldBooleanSwitchWidget,
+        help_text="Devices wait until someone approves them.",
+    )
+
+    class Meta:
+        model = EnrolmentToken
+        fields = ("name", "model_names", "labels", "max_uses", "needs_approval")

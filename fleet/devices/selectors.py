@@ -1,0 +1,62 @@
+"""What can be asked about devices. Reads only."""
+
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from datetime import datetime, timedelta
+
+from django.conf import settings
+from django.db.models import Count
+from django.utils import timezone
+
+from fleet.devices.models import Device, Group, RunningSet, SpreadSample
+
+Spread = dict[str, dict[str, int]]  # model to version to devices
+MISSED_POLLS = 3  # a device that missed so many is offline
+
+
+def running_set(device: Device, digest: str) -> RunningSet | None:
+    """The set that `digest` names, or None if nobody has described it. No query while the device runs the same."""
+    if device.runs is not None and device.runs.digest == digest:
+        return device.runs
+    return RunningSet.objects.filter(digest=digest).first()
+
+
+def matches(selector: Mapping[str, Sequence[str]], labels: Mapping[str, str]) -> bool:
+    """Whether labels satisfy a group's selector: every named label has one of its allowed values."""
+    return all(labels.get(label) in allowed for label, allowed in selector.items())
+
+
+def members(group: Group | None) -> Iterator[Device]:
+    """Active devices of a group; None is every device."""
+    selector = group.selector if group else {}
+    active = Device.objects.filter(state=Device.State.ACTIVE).select_related("runs")
+    return (device for device in active.iterator(chunk_size=2_000) if matches(selector, device.labels))
+
+
+def offline_before() -> datetime:
+    """A device that was last seen before this moment is offline."""
+    return timezone.now() - timedelta(seconds=MISSED_POLLS * settings.POLL_INTERVAL)
+
+
+def spread() -> Spread:
+    """How many active devices run which version of which model. One count per running set, not per device."""
+    counts: dict[str, Counter[str]] = defaultdict(Counter)
+    active = Device.objects.filter(state=Device.State.ACTIVE, runs__isnull=False)
+    for runs, number in active.order_by().values_list("runs__runs").annotate(number=Count("pk")):
+        for model, running in runs.items():
+            counts[model][version_of(running)] += number
+    return {model: dict(versions) for model, versions in counts.items()}
+
+
+def spread_history(model: str, since: datetime) -> list[tuple[datetime, dict[str, int]]]:
+    """The spread of a model over time, oldest first: (moment, version to devices)."""
+    history: dict[datetime, dict[str, int]] = defaultdict(dict)
+    samples = SpreadSample.objects.filter(model=model, at__gte=since).order_by("at", "version")
+    for at, version, devices in samples.values_list("at", "version", "devices"):
+        history[at][version] = devices
+    return list(history.items())
+
+
+def version_of(running: str) -> str:
+    """`<version>` of `<version>/<variant>`."""
+    return running.partition("/")[0]

@@ -1,0 +1,97 @@
+"""`/metrics` for Prometheus: requests by django-prometheus, and gauges of the fleet read from the database.
+
+Not for everybody: figures of a fleet say much about its owner. A scraper shows `FLEET_METRICS_TOKEN`.
+"""
+
+import os
+from collections.abc import Iterator, Mapping
+from datetime import timedelta
+from secrets import compare_digest
+from typing import Any
+
+import prometheus_client
+from django.conf import settings
+from django.db.models import Count, Max, QuerySet
+from django.http import HttpRequest, HttpResponse, JsonResponse
+from django.utils import timezone
+from django.views.decorators.http import require_safe
+from prometheus_client import multiprocess
+from prometheus_client.core import GaugeMetricFamily
+from prometheus_client.registry import Collector
+
+from fleet.api.errors import body
+from fleet.devices.models import Device
+from fleet.feedback.models import Batch
+from fleet.releases.models import Release
+from fleet.rollouts.models import Rollout
+from fleet.trust.models import RoleMetadata
+
+PERMISSION = "devices.view_device"
+SEEN_POLLS = 3  # a device counts as online when it was seen within so many poll intervals
+
+
+@require_safe
+def metrics(request: HttpRequest) -> HttpResponse:
+    if not _may_read(request):
+        return JsonResponse(body("denied", "this needs the metrics token or the right to see devices"), status=403)
+    content = b"".join(prometheus_client.generate_latest(registry) for registry in _registries())
+    return HttpResponse(content, content_type=prometheus_client.CONTENT_TYPE_LATEST)
+
+
+def _may_read(request: HttpRequest) -> bool:
+    scheme, _, token = request.headers.get("Authorization", "").partition(" ")
+    if settings.METRICS_TOKEN and scheme.lower() == "bearer":
+        return compare_digest(token.encode(), settings.METRICS_TOKEN.encode())
+    return request.user.has_perm(PERMISSION)
+
+
+def _registries() -> Iterator[prometheus_client.CollectorRegistry]:
+    """Of all processes of `manage.py serve` where they share a folder, else of this one; then the fleet's."""
+    if "PROMETHEUS_MULTIPROC_DIR" in os.environ:
+        shared = prometheus_client.CollectorRegistry()
+        multiprocess.MultiProcessCollector(shared)  # type: ignore[no-untyped-call]
+        yield shared
+    else:
+        yield prometheus_client.REGISTRY
+    fleet = prometheus_client.CollectorRegistry()
+    fleet.register(FleetCollector())
+    yield fleet
+
+
+class FleetCollector(Collector):
+    """One query a gauge, at the time of the scrape: nothing is counted twice or goes stale."""
+
+    def collect(self) -> Iterator[GaugeMetricFamily]:
+        yield _by_state("fleet_devices", "Devices by state", Device.objects.all())
+        yield _gauge("fleet_devices_online", "Active devices seen lately", {(): _online()})
+        yield _by_state("fleet_releases", "Releases by state", Release.objects.all())
+        yield _by_state("fleet_rollouts", "Rollouts by state", Rollout.objects.all())
+        yield _by_state("fleet_batches", "Batches of samples by state", Batch.objects.all())
+        yield _gauge("fleet_role_expiry_seconds", "Seconds until signed metadata expires", _expiries(), "role")
+
+
+def _by_state(name: str, help_text: str, everything: QuerySet[Any]) -> GaugeMetricFamily:
+    rows = everything.order_by().values_list("state").annotate(Count("pk"))
+    return _gauge(name, help_text, {(state,): count for state, count in rows}, "state")
+
+
+def _online() -> int:
+    since = timezone.now() - timedelta(seconds=settings.POLL_INTERVAL * SEEN_POLLS)
+    return Device.objects.filter(state=Device.State.ACTIVE, last_seen__gte=since).count()
+
+
+def _expiries() -> dict[tuple[str, ...], float]:
+    now = timezone.now()
+    newest = RoleMetadata.objects.order_by().values_list("role").annotate(Max("version"))
+    wanted = dict(newest)
+    rows = RoleMetadata.objects.filter(version__in=set(wanted.values())).values_list("role", "version", "expires_at")
+    return {(role,): (expires - now).total_seconds() for role, version, expires in rows if wanted[role] == version}
+
+
+def _gauge(
+    name: str, help_text: str, values: Mapping[tuple[str, ...], float], label: str | None = None
+) -> GaugeMetricFamily:
+    family = GaugeMetricFamily(name, help_text, labels=[label] if label else [])
+    for labels, value in sorted(values.items()):
+        family.add_metric(labels, value)
+    return family

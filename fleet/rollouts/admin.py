@@ -1,0 +1,217 @@
+"""Rollouts: people start, pause, resume, cancel and roll back, and say why. Nothing here moves a state by itself."""
+
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+from django.contrib import admin, messages
+from django.db.models import Count, Model, Q, QuerySet
+from django.http import HttpRequest, HttpResponse, HttpResponseRedirect
+from unfold.contrib.filters.admin import ChoicesDropdownFilter, RelatedDropdownFilter
+from unfold.decorators import action, display
+from unfold.enums import ActionVariant
+
+from fleet import adminkit, presentation
+from fleet.adminkit import CommentForm, KeptAdmin, OptionalCommentForm, dialog
+from fleet.errors import FleetError
+from fleet.rollouts import services
+from fleet.rollouts.forms import RolloutForm
+from fleet.rollouts.models import Outcome, Rollout
+
+State = Rollout.State
+
+
+def offered(state: str | None) -> set[str]:
+    """What a person may do in a state: the buttons. The table is the services', which have the last word."""
+    return {action for (before, action) in services.TRANSITIONS if before == state}
+
+
+@admin.register(Rollout)
+class RolloutAdmin(KeptAdmin):
+    list_display: ClassVar = ["name", "to", "state_label", "stage", "counts", "started", "by"]
+    list_filter: ClassVar = [("state", ChoicesDropdownFilter), ("release__model", RelatedDropdownFilter)]
+    search_fields: ClassVar = ["release__version", "release__model__name", "group__name"]
+    list_select_related: ClassVar = ["release__model", "group", "created_by"]
+    fields = ("to", "on_failure", "install", "probation_text", "by", "started", "finished")
+    readonly_fields = fields
+    add_fieldsets = (
+        (None, {"fields": ("release", "group")}),
+        ("Stages", {"fields": ("percents", "soak_minutes", "success_percent", "min_reports", "failure_budget")}),
+        ("On the device", {"fields": ("on_failure", "urgent", "window_start", "window_end", "start_now")}),
+    )
+    change_form_outer_before_template = "dashboard/rollout.html"
+    actions_detail: ClassVar = ["start", "resume", "pause", "roll_back", "cancel"]
+
+    def has_change_permission(self, request: HttpRequest, obj: Model | None = None) -> bool:
+        return False
+
+    def has_operate_permission(self, request: HttpRequest, obj: Any = None) -> bool:
+        return bool(request.user.has_perm("rollouts.operate_rollout"))
+
+    def get_actions_detail(self, request: HttpRequest, object_id: Any) -> list[Any]:
+        state = Rollout.objects.filter(pk=object_id).values_list("state", flat=True).first()
+        return [item for item in super().get_actions_detail(request, object_id) if item.path in offered(state)]
+
+    def get_queryset(self, request: HttpRequest) -> QuerySet[Rollout]:
+        rows: QuerySet[Rollout] = super().get_queryset(request)
+        counted = {
+            state: Count("outcomes", filter=Q(outcomes__state=state), distinct=True) for state in Outcome.State.values
+        }
+        return rows.annotate(**counted, stage_count=Count("stages", distinct=True))
+
+    # --- adding ---------------------------------------------------------------------------------------------------
+
+    def get_readonly_fields(self, request: HttpRequest, obj: Model | None = None) -> Any:
+        return self.readonly_fields if obj else ()
+
+    def get_form(self, request: HttpRequest, obj: Model | None = None, change: bool = False, **kwargs: Any) -> Any:
+        return super().get_form(request, obj, change, **kwargs) if change else RolloutForm
+
+    def add_view(self, request: HttpRequest, form_url: str = "", extra_context: Any = None) -> HttpResponse:
+        try:
+            response: HttpResponse = super().add_view(request, form_url, extra_context)
+        except FleetError as error:  # the form has checked what it can; a race is told, not raised
+            messages.error(request, error.message)
+            return HttpResponseRedirect(request.path)
+        return response
+
+    def save_model(self, request: HttpRequest, obj: Rollout, form: Any, change: bool) -> None:
+        made = services.create(**form.terms(), actor=adminkit.actor(request))
+        if form.cleaned_data["start_now"] and self.has_operate_permission(request):
+            services.start(rollout=made, actor=adminkit.actor(request))
+        obj.__dict__.update(made.__dict__)
+
+    # --- operating ------------------------------------------------------------------------------------------------
+
+    @action(
+        description="Start",
+        icon="play_arrow",
+        url_path=services.START,
+        variant=ActionVariant.PRIMARY,
+        permissions=["operate"],
+        dialog=dialog(
+            "Start this rollout?",
+            "Devices of the first stage get the release at their next poll.",
+            "Start",
+            OptionalCommentForm,
+        ),
+    )
+    def start(self, request: HttpRequest, form: CommentForm, object_id: str) -> HttpResponse:
+        return self._operate(request, form, object_id, services.start, "started")
+
+    @action(
+        description="Resume",
+        icon="play_arrow",
+        url_path=services.RESUME,
+        variant=ActionVariant.PRIMARY,
+        permissions=["operate"],
+        dialog=dialog("Resume this rollout?", "It goes on with the stage at which it stopped.", "Resume"),
+    )
+    def resume(self, request: HttpRequest, form: CommentForm, object_id: str) -> HttpResponse:
+        return self._operate(request, form, object_id, services.resume, "resumed")
+
+    @action(
+        description="Pause",
+        icon="pause",
+        url_path=services.PAUSE,
+        permissions=["operate"],
+        dialog=dialog(
+            "Pause this rollout?",
+            "No further device starts. Whoever has not activated the release is recalled; whoever runs it keeps it.",
+            "Pause",
+        ),
+    )
+    def pause(self, request: HttpRequest, form: CommentForm, object_id: str) -> HttpResponse:
+        return self._operate(request, form, object_id, services.pause, "paused")
+
+    @action(
+        description="Roll back",
+        icon="undo",
+        url_path=services.ROLL_BACK,
+        variant=ActionVariant.DANGER,
+        permissions=["operate"],
+        dialog=dialog(
+            "Roll back this rollout?",
+            "Every device returns to the release that it had before, at its next poll.",
+            "Roll back",
+        ),
+    )
+    def roll_back(self, request: HttpRequest, form: CommentForm, object_id: str) -> HttpResponse:
+        return self._operate(request, form, object_id, services.roll_back, "rolled back")
+
+    @action(
+        description="Cancel",
+        icon="close",
+        url_path=services.CANCEL,
+        permissions=["operate"],
+        dialog=dialog(
+            "Cancel this rollout for good?",
+            "It cannot be resumed. Devices fall back to the rollout before it.",
+            "Cancel the rollout",
+        ),
+    )
+    def cancel(self, request: HttpRequest, form: CommentForm, object_id: str) -> HttpResponse:
+        return self._operate(request, form, object_id, services.cancel, "cancelled")
+
+    def _operate(
+        self, request: HttpRequest, form: CommentForm, object_id: str, service: Callable[..., object], done: str
+    ) -> HttpResponse:
+        rollout = Rollout.objects.get(pk=object_id)
+        comment = form.cleaned_data["comment"]
+        return adminkit.perform(
+            request,
+            lambda: service(rollout=rollout, actor=adminkit.actor(request), comment=comment),
+            done=f"Rollout {rollout} is {done}.",
+            then=presentation.page_of(rollout),
+        )
+
+    # --- columns --------------------------------------------------------------------------------------------------
+
+    @display(description="Rollout", ordering="pk")
+    def name(self, rollout: Rollout) -> str:
+        return str(rollout)
+
+    @display(description="To")
+    def to(self, rollout: Rollout) -> str:
+        return str(rollout.group or "every device")
+
+    @display(description="State", ordering="state")
+    def state_label(self, rollout: Rollout) -> str:
+        return presentation.state(rollout.state, rollout.get_state_display())
+
+    @display(description="Stage")
+    def stage(self, rollout: Rollout) -> str:
+        count = rollout.stage_count  # type: ignore[attr-defined]
+        if not rollout.started_at or rollout.state == State.COMPLETED:
+            return f"{count} stages"
+        return f"{rollout.stage_index + 1} of {count}"
+
+    @display(description="Devices")
+    def counts(self, rollout: Rollout) -> str:
+        parts = [f"{number} {state}" for state in Outcome.State.values if (number := getattr(rollout, state))]
+        return ", ".join(parts) or "-"
+
+    @display(description="Created by")
+    def by(self, rollout: Rollout) -> str:
+        return str(rollout.created_by or "-")
+
+    @display(description="Started", ordering="started_at")
+    def started(self, rollout: Rollout) -> str:
+        return presentation.ago(rollout.started_at, never="not yet")
+
+    @display(description="Finished", ordering="finished_at")
+    def finished(self, rollout: Rollout) -> str:
+        return presentation.ago(rollout.finished_at, never="not yet")
+
+    @display(description="Devices install")
+    def install(self, rollout: Rollout) -> str:
+        if rollout.urgent:
+            return "at once: it is urgent"
+        if not rollout.window:
+            return "at any time"
+        return "from " + " to ".join(
+            f"{m // 60:02}:{m % 60:02}" for m in (rollout.window["start"], rollout.window["end"])
+        )
+
+    @display(description="Probation")
+    def probation_text(self, rollout: Rollout) -> str:
+        return presentation.label_chips(rollout.probation) if rollout.probation else "standard"

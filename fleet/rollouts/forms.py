@@ -1,0 +1,115 @@
+"""The form that proposes a rollout. Stages share their guards; the API takes each stage with its own."""
+
+from datetime import time
+from itertools import pairwise
+from typing import Any
+
+from django import forms
+from unfold.widgets import (
+    UnfoldAdminIntegerFieldWidget,
+    UnfoldAdminSelectWidget,
+    UnfoldAdminTextInputWidget,
+    UnfoldAdminTimeWidget,
+    UnfoldBooleanSwitchWidget,
+)
+
+from fleet.devices.models import Group
+from fleet.releases.models import Release
+from fleet.rollouts import services
+from fleet.rollouts.models import Rollout
+
+
+class RolloutForm(forms.ModelForm):  # type: ignore[type-arg]
+    release = forms.ModelChoiceField(
+        Release.objects.filter(state=Release.State.VALID).select_related("model"), widget=UnfoldAdminSelectWidget
+    )
+    group = forms.ModelChoiceField(
+        Group.objects.all(), required=False, empty_label="Every device", widget=UnfoldAdminSelectWidget
+    )
+    percents = forms.CharField(
+        label="Stages",
+        initial="5, 25, 100",
+        widget=UnfoldAdminTextInputWidget,
+        help_text="Percent of the group that each stage reaches, rising to 100.",
+    )
+    soak_minutes = forms.IntegerField(
+        initial=60, min_value=0, widget=UnfoldAdminIntegerFieldWidget, help_text="Shortest time in each stage."
+    )
+    success_percent = forms.IntegerField(
+        initial=90,
+        min_value=1,
+        max_value=100,
+        widget=UnfoldAdminIntegerFieldWidget,
+        help_text="Share of the stage's devices that must have committed, after probation.",
+    )
+    min_reports = forms.IntegerField(
+        label="Reports needed",
+        initial=1,
+        min_value=1,
+        widget=UnfoldAdminIntegerFieldWidget,
+        help_text="Outcomes before a stage may pass.",
+    )
+    failure_budget = forms.IntegerField(
+        initial=0, min_value=0, widget=UnfoldAdminIntegerFieldWidget, help_text="One failure more than this halts it."
+    )
+    on_failure = forms.ChoiceField(
+        choices=Rollout.OnFailure.choices, initial=Rollout.OnFailure.ROLL_BACK, widget=UnfoldAdminSelectWidget
+    )
+    urgent = forms.BooleanField(
+        required=False, widget=UnfoldBooleanSwitchWidget, help_text="Devices do not wait for their window."
+    )
+    window_start = forms.TimeField(
+        label="Install from",
+        required=False,
+        widget=UnfoldAdminTimeWidget,
+        help_text="In each device's own local time. Empty: any time.",
+    )
+    window_end = forms.TimeField(label="Install until", required=False, widget=UnfoldAdminTimeWidget)
+    start_now = forms.BooleanField(
+        label="Start at once", required=False, widget=UnfoldBooleanSwitchWidget, help_text="Else it waits as a draft."
+    )
+
+    class Meta:
+        model = Rollout
+        fields = ("release", "group", "on_failure", "urgent")
+
+    def clean_percents(self) -> list[float]:
+        try:
+            percents = [float(part) for part in self.cleaned_data["percents"].replace("%", "").split(",")]
+        except ValueError as error:
+            raise forms.ValidationError("expected numbers separated by commas, such as 5, 25, 100") from error
+        rising = all(a < b for a, b in pairwise(percents))
+        if not rising or percents[0] <= 0 or percents[-1] != 100:
+            raise forms.ValidationError("expected rising numbers over 0, the last one 100")
+        return percents
+
+    def clean(self) -> dict[str, Any]:
+        given = super().clean() or self.cleaned_data
+        if (given.get("window_start") is None) != (given.get("window_end") is None):
+            raise forms.ValidationError("give both ends of the install window, or neither")
+        return given
+
+    def terms(self) -> dict[str, Any]:
+        """What `services.create` takes."""
+        given = self.cleaned_data
+        guards = {
+            "soak_seconds": given["soak_minutes"] * 60,
+            "success_threshold": given["success_percent"] / 100,
+            "min_reports": given["min_reports"],
+            "failure_budget": given["failure_budget"],
+        }
+        window = None
+        if given["window_start"] is not None:
+            window = {"start": _minute(given["window_start"]), "end": _minute(given["window_end"])}
+        return {
+            "release": given["release"],
+            "group": given["group"],
+            "stages": [services.StagePlan(percent=percent, **guards) for percent in given["percents"]],
+            "on_failure": given["on_failure"],
+            "urgent": given["urgent"],
+            "window": window,
+        }
+
+
+def _minute(moment: time) -> int:
+    return moment.hour * 60 + moment.minute

@@ -1,0 +1,145 @@
+"""The real server as processes, `manage.py serve`, on a free port: embedded (SQLite, folders) or production.
+
+Production means PostgreSQL, Redis, S3, two web processes and `FLEET_PRODUCTION`. A test that takes the fixture `live`
+runs on both; `embedded` and `production` are each one of them. A server is started once for each xdist worker and
+shared, so a test names its own models, devices and rollouts.
+"""
+
+import json
+import os
+import secrets
+import subprocess
+import sys
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from urllib.error import HTTPError, URLError
+
+import pytest
+
+from tests.services import S3, Postgres, Redis, free_port, running, temporary_folder
+
+ROOT = Path(__file__).resolve().parent.parent
+BACKENDS = ("embedded", "production")
+USER = "admin"
+# Fast clocks: what takes minutes in the field takes a second here.
+FAST = {"FLEET_POLL_INTERVAL": "1", "FLEET_TICK_SECONDS": "0.5", "FLEET_SWEEP_SECONDS": "1"}
+
+
+@dataclass(frozen=True)
+class LiveServer:
+    backend: str
+    url: str
+    env: dict[str, str]
+    password: str  # of the superuser `admin`
+    log: Path
+    user: str = USER
+
+    def manage(self, *arguments: str, stdin: str | None = None) -> str:
+        """Run `manage.py` against this server's database; what it printed."""
+        return manage(self.env, *arguments, stdin=stdin)
+
+    def logged(self) -> str:
+        return self.log.read_text(errors="replace")
+
+
+def manage(env: dict[str, str], *arguments: str, stdin: str | None = None) -> str:
+    command = [sys.executable, "manage.py", *arguments]
+    done = subprocess.run(command, cwd=ROOT, env=env, input=stdin or "", capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise RuntimeError(f"manage.py {' '.join(arguments)} ended with {done.returncode}:\n{done.stdout}{done.stderr}")
+    return done.stdout
+
+
+@pytest.fixture(scope="session", params=BACKENDS)
+def live(request: pytest.FixtureRequest) -> LiveServer:
+    return request.getfixturevalue(request.param)
+
+
+@pytest.fixture(scope="session")
+def embedded() -> Iterator[LiveServer]:
+    with serving("embedded", {}) as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def production(postgres: Postgres, redis_server: Redis, s3: S3) -> Iterator[LiveServer]:
+    with serving("production", production_environment(postgres, redis_server, s3), "--workers", "2") as server:
+        yield server
+
+
+def production_environment(postgres: Postgres, redis_server: Redis, s3: S3) -> dict[str, str]:
+    return {
+        "FLEET_PRODUCTION": "1",
+        "FLEET_BEHIND_TLS": "0",
+        "FLEET_SECRET_KEY": secrets.token_urlsafe(48),
+        "FLEET_DEVICE_SECRETS": f"test-1:{secrets.token_hex(32)}",
+        "FLEET_DATABASE_URL": postgres.new_database(),
+        "FLEET_REDIS_URL": redis_server.url,
+        "FLEET_S3_BUCKET": s3.new_bucket(),
+        "FLEET_S3_ENDPOINT": s3.endpoint,
+        "FLEET_S3_ACCESS_KEY": s3.access_key,
+        "FLEET_S3_SECRET_KEY": s3.secret_key,
+    }
+
+
+@contextmanager
+def serving(backend: str, extra: dict[str, str], *options: str) -> Iterator[LiveServer]:
+    """Migrate, set trust up, make the superuser, serve; all ends with the block."""
+    port = free_port()
+    url = f"http://127.0.0.1:{port}"
+    password = secrets.token_urlsafe(12)
+    with temporary_folder(backend) as folder:
+        env = environment(folder / "var", url) | extra | {"DJANGO_SUPERUSER_PASSWORD": password}
+        prepare(env)
+        log = folder / "serve.log"
+        command = [sys.executable, "manage.py", "serve", "--port", str(port), "--no-migrate", *options]
+        with running(command, log, ready=lambda: probe(f"{url}/readyz"), cwd=ROOT, env=env):
+            yield LiveServer(backend, url, env, password, log)
+
+
+def environment(var: Path, url: str) -> dict[str, str]:
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith(("FLEET_", "DJANGO_"))}
+    return {
+        **inherited,
+        **FAST,
+        "FLEET_VAR": str(var),
+        "FLEET_PUBLIC_URL": url,
+        "FLEET_METRICS_TOKEN": secrets.token_hex(),
+    }
+
+
+def prepare(env: dict[str, str]) -> None:
+    """In one process: each start of Django costs a second."""
+    script = (
+        "import django; django.setup()\n"
+        "from django.core.management import call_command, get_commands\n"
+        "call_command('migrate', verbosity=0)\n"
+        "call_command('collectstatic', verbosity=0, interactive=False)\n"
+        f"call_command('createsuperuser', username='{USER}', email='a@example.org', interactive=False, verbosity=0)\n"
+        "if 'trust_init' in get_commands(): call_command('trust_init')\n"
+    )
+    settings = {"DJANGO_SETTINGS_MODULE": "fleet.settings"}
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        cwd=ROOT,
+        env=env | settings,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if done.returncode:
+        raise RuntimeError(f"cannot prepare the server:\n{done.stdout}{done.stderr}")
+
+
+def probe(url: str) -> dict[str, str]:
+    """What a health endpoint says; OSError while it is not well."""
+    try:
+        with urllib.request.urlopen(url, timeout=5) as answer:
+            return dict(json.load(answer))
+    except HTTPError as error:
+        with error:
+            raise URLError(error.read().decode()) from error
