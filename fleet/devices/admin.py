@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 from django.contrib import admin
 from django.db.models import Model, Q, QuerySet
 from django.http import HttpRequest, HttpResponse
+from django.shortcuts import get_object_or_404
 from django.template.response import TemplateResponse
 from django.urls import reverse
 from django.utils import timezone
@@ -108,7 +109,7 @@ class DeviceAdmin(ReadOnlyAdmin):
         ),
     )
     def approve(self, request: HttpRequest, form: CommentForm, object_id: str) -> HttpResponse:
-        device = Device.objects.get(pk=object_id)
+        device = get_object_or_404(Device, pk=object_id)
         return adminkit.perform(
             request,
             lambda: services.approve(device=device, actor=adminkit.actor(request)),
@@ -130,7 +131,7 @@ class DeviceAdmin(ReadOnlyAdmin):
         ),
     )
     def revoke(self, request: HttpRequest, form: CommentForm, object_id: str) -> HttpResponse:
-        device = Device.objects.get(pk=object_id)
+        device = get_object_or_404(Device, pk=object_id)
         return adminkit.perform(
             request,
             lambda: services.revoke(device=device, actor=adminkit.actor(request)),
@@ -246,9 +247,7 @@ class EnrolmentTokenAdmin(KeptAdmin):
             "row": obj,
             "list_url": reverse("admin:devices_enrolmenttoken_changelist"),
         }
-        response = TemplateResponse(request, "dashboard/enrolment_token.html", context)
-        response["Cache-Control"] = "no-store"
-        return response
+        return TemplateResponse(request, "dashboard/enrolment_token.html", context)
 
     def has_act_permission(self, request: HttpRequest, obj: Any = None) -> bool:
         return bool(request.user.has_perm("devices.change_enrolmenttoken"))
@@ -271,7 +270,7 @@ class EnrolmentTokenAdmin(KeptAdmin):
         ),
     )
     def revoke(self, request: HttpRequest, form: CommentForm, object_id: str) -> HttpResponse:
-        token = EnrolmentToken.objects.get(pk=object_id)
+        token = get_object_or_404(EnrolmentToken, pk=object_id)
         return adminkit.perform(
             request,
             lambda: services.revoke_token(token=token),

@@ -169,7 +169,8 @@ def tensor(data: bytes) -> Array:
 def _values(data: bytes, start: int, dtype: np.dtype[Any]) -> Array:
     """A view of the bytes, where every byte is a legal value."""
     if dtype.kind == "b":  # only 0 and 1 are booleans
-        return np.frombuffer(data, np.uint8, offset=start) != 0
+        flags: Array = np.frombuffer(data, np.uint8, offset=start) != 0
+        return flags
     if dtype.kind == "U":
         code = np.frombuffer(data, "<u4", offset=start)
         if ((code > _LAST_CHARACTER) | ((code >= _SURROGATES[0]) & (code <= _SURROGATES[1]))).any():

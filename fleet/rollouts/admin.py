@@ -6,6 +6,7 @@ from typing import Any, ClassVar
 from django.contrib import admin, messages
 from django.db.models import Count, Model, Q, QuerySet
 from django.http import HttpRequest, HttpResponse, HttpResponseRedirect
+from django.shortcuts import get_object_or_404
 from unfold.contrib.filters.admin import ChoicesDropdownFilter, RelatedDropdownFilter
 from unfold.decorators import action, display
 from unfold.enums import ActionVariant
@@ -155,7 +156,7 @@ class RolloutAdmin(KeptAdmin):
     def _operate(
         self, request: HttpRequest, form: CommentForm, object_id: str, service: Callable[..., object], done: str
     ) -> HttpResponse:
-        rollout = Rollout.objects.get(pk=object_id)
+        rollout = get_object_or_404(Rollout, pk=object_id)
         comment = form.cleaned_data["comment"]
         return adminkit.perform(
             request,
