@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from device_sdk import __version__
 from device_sdk.config import Home, Provision
-from device_sdk.errors import DeviceError, InputError, SetupError, TransferError, is_retryable
+from device_sdk.errors import DeviceError, InputError, NoModelError, SetupError, TransferError, is_retryable
 from device_sdk.protocol.errors import ProtocolError
 
 if TYPE_CHECKING:
@@ -100,6 +100,8 @@ def _run(options: argparse.Namespace) -> int:
 
     with Fleet.open(options.home, read_only=True) as fleet:
         model = fleet.model(options.model)
+        if model.release is None:
+            raise NoModelError(f"no release of {options.model!r} is installed yet; run `fleet-device update`")
         outputs = model.run(_inputs(model, options.input))
     _say(json.dumps({name: _plain(value) for name, value in outputs.items()}))
     return OK

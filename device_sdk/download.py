@@ -39,7 +39,7 @@ def fetch(
     """
     ends = time.monotonic() + deadline
     meter = _Meter(manifest.length, on_progress)
-    for file in {file.sha256: file for file in manifest.files}.values():
+    for file in manifest.files:
         if not store.has_blob(file):
             _fetch_file(transport, store, file, meter, ends)
         meter.finished(file)

@@ -49,6 +49,11 @@ class Outbox:
     def __len__(self) -> int:
         return len(self._events)
 
+    @property
+    def has_news(self) -> bool:
+        """Whether there is anything that the server should be told."""
+        return bool(self._events or self._dropped)
+
     def add(self, event: Event) -> None:
         """Keep an event. Where the disk takes nothing it is kept in memory, so that a full disk is still reported."""
         with self._lock:

@@ -118,7 +118,8 @@ class Intake:
             if not self._inbox.has_room():
                 self._inbox.miss(self.model)
                 return
-            sample = Sample(self.model, time.time(), release, _copies(inputs), _copies(outputs))
+            taken = {name: np.array(value) for name, value in inputs.items()}
+            sample = Sample(self.model, time.time(), release, taken, _arrays(outputs))
             self._inbox.put(sample)
         except Exception:
             log.exception("a sample of %s was lost", self.model)
@@ -322,41 +323,31 @@ class Spool:
         if slot is None:
             lane.reservoir = reservoir
             return
-        names = list(lane.sizes)
-        victims = [names[slot]] if slot < len(names) else []
-        victims, reservoir, fits = self._make_room(lane, len(data), victims, reservoir)
-        for name in victims:
-            (lane.samples / f"{name}.zip").unlink(missing_ok=True)
-            lane.sizes.pop(name)
-        lane.reservoir = reservoir
-        if fits:
-            self._write_sample(lane, identifier, data)
-
-    def _write_sample(self, lane: _Lane, identifier: str, data: bytes) -> None:
-        try:
+        replaced = list(lane.sizes)[slot : slot + 1]
+        evicted, fits = self._make_room(lane, len(data), replaced)
+        if fits:  # first, so that a full disk costs nothing that is kept; for a moment both are there
             _write(lane.samples / f"{identifier}.zip", data)
+        for name in (*replaced, *evicted):
+            self._forget(lane, name)
+        if fits:
             lane.sizes[identifier] = len(data)
-        except OSError as error:
-            log.warning("a sample of %s was lost: %s", lane.model, error.strerror)
+        lane.reservoir = reservoir
+        for _ in range(len(evicted) + (not fits)):
             lane.reservoir = lane.reservoir.shrink()
             lane.dropped += 1
 
-    def _make_room(
-        self, lane: _Lane, size: int, victims: list[str], reservoir: Reservoir
-    ) -> tuple[list[str], Reservoir, bool]:
+    def _make_room(self, lane: _Lane, size: int, replaced: list[str]) -> tuple[list[str], bool]:
         """Choose at random, the newcomer included, who has to go until the rest fits into the spool."""
-        over = self.size() + size - sum(lane.sizes[name] for name in victims) - self._max_bytes
-        staying = [name for name in lane.sizes if name not in victims]
+        over = self.size() + size - sum(lane.sizes[name] for name in replaced) - self._max_bytes
+        staying = [name for name in lane.sizes if name not in replaced]
+        evicted: list[str] = []
         while over > 0:
-            reservoir = reservoir.shrink()
-            lane.dropped += 1
             at = randrange(len(staying) + 1)  # noqa: S311  no secret
             if at == len(staying):
-                return victims, reservoir, False
-            name = staying.pop(at)
-            victims = [*victims, name]
-            over -= lane.sizes[name]
-        return victims, reservoir, True
+                return evicted, False
+            evicted.append(staying.pop(at))
+            over -= lane.sizes[evicted[-1]]
+        return evicted, True
 
     def _note_missed(self) -> None:
         for model, count in self._inbox.take_missed().items():
@@ -404,7 +395,6 @@ class Spool:
         )
 
     def _forget(self, lane: _Lane, name: str) -> None:
-        """A sample leaves for a batch; the reservoir's probability stays that of the whole period."""
         (lane.samples / f"{name}.zip").unlink(missing_ok=True)
         lane.sizes.pop(name, None)
 
@@ -517,8 +507,8 @@ def _npy(tensor: Array) -> bytes:
     return buffer.getvalue()
 
 
-def _copies(tensors: Mapping[str, Any]) -> dict[str, Array]:
-    """Arrays only: sequences and maps, which some classifiers give beside their scores, have no `.npy` form."""
+def _arrays(tensors: Mapping[str, Any]) -> dict[str, Array]:
+    """Copies, of arrays only: sequences and maps, which some classifiers give beside scores, have no `.npy` form."""
     return {name: np.array(value) for name, value in tensors.items() if isinstance(value, np.ndarray)}
 
 

@@ -346,6 +346,7 @@ class Store:
             if stat.S_IMODE(status.st_mode) & 0o077:
                 folder.chmod(0o700)
         self._ops.sync_directory(self._directory)
+        self._ops.sync_directory(self._directory.parent)
 
     def _read_state(self) -> tuple[int, dict[str, ModelState]]:
         """A state that is missing or fails its checksum is no state: `current` recovers from the manifests."""

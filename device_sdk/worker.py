@@ -183,7 +183,7 @@ class Poller:
     def report(self) -> None:
         """Post events until none are left. Raises TransferError; what was not acknowledged stays."""
         with self._lock:
-            while not self.stopped and (self._want_runs or len(self._it.outbox)):
+            while not self.stopped and (self._want_runs or self._it.outbox.has_news):
                 self._post()
 
     def refuse(self, error: UntrustedError) -> None:
@@ -218,10 +218,11 @@ class Poller:
     def _heed(self, headers: Mapping[str, str]) -> None:
         self.last_answer = self._it.clock.now()
         self._want_runs = self._want_runs or headers.get(WANT_HEADER) == "runs"
-        try:
-            self.interval = min(max(float(headers.get(INTERVAL_HEADER, self.interval)), SHORTEST), LONGEST)
-        except ValueError:
-            log.warning("%s: not a number: %.40r", INTERVAL_HEADER, headers.get(INTERVAL_HEADER))
+        said = headers.get(INTERVAL_HEADER, "")
+        if said.isdecimal():
+            self.interval = min(max(float(said[:10]), SHORTEST), LONGEST)
+        elif said:
+            log.warning("%s: expected whole seconds; got %.40r", INTERVAL_HEADER, said)
 
     def _post(self) -> None:
         pending = self._it.outbox.pending()

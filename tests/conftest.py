@@ -4,7 +4,10 @@ import os
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, settings
 
+settings.register_profile("shared", deadline=None, suppress_health_check=[HealthCheck.too_slow])  # cores are shared
+settings.load_profile("shared")
 pytest_plugins = ["tests.services", "tests.live", "tests.wheel.venv"]
 # Tests that share a costly thing run on one xdist worker, so that it is made once.
 GROUPS = {"embedded": "embedded", "production": "production", "bare_venv": "embedded"}

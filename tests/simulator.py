@@ -3,10 +3,10 @@
 Shared by the SDK's tests; signs by python-tuf's Metadata API, as the server does, but shares no code with it.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from copy import deepcopy
 from dataclasses import dataclass, field
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime
 from functools import cache
 from typing import Any
 
@@ -57,7 +57,8 @@ def release(
 class Simulator:
     """`publish` as CI does, `assign` as the director does, then take a `bundle`. Each bundle is a new view.
 
-    To tamper, change `roles[...]`, `director_targets`, `snapshot_meta`, `signers`, or edit a bundle by `resigned`.
+    To tamper: wrong keys and fields by `view`'s arguments, a `copy` that a thief works on, or `resigned` files.
+    `edit` changes each file's text after signing and before the next file vouches for it.
     """
 
     device: str = "cam-1"
@@ -73,6 +74,7 @@ class Simulator:
     root_keys: tuple[str, ...] = ("root-1", "root-2")
     version: int = 0
     lifetime: int = DAY
+    threshold: dict[str, int] = field(default_factory=dict)  # of a model's role; 1 where unsaid
 
     def __post_init__(self) -> None:
         self.targets = Metadata(Targets(1, expires=self.at(365 * DAY), targets={}, delegations=self._delegations()))
@@ -87,25 +89,31 @@ class Simulator:
         return datetime.fromtimestamp(self.now + seconds, UTC)
 
     def rotate_root(
-        self, *, keys: tuple[str, ...] | None = None, online: str | None = None, threshold: int = 2
+        self, *, keys: tuple[str, ...] | None = None, online: str | None = None, signed_by: tuple[str, ...] = ()
     ) -> None:
-        """Sign the next root by the old keys and the new."""
+        """Sign the next root by the old keys and the new, or by whom it is said."""
         old, self.root_keys, self.online = self.root_keys, keys or self.root_keys, online or self.online
         root = Root(len(self.roots) + 1, expires=self.at(365 * DAY), consistent_snapshot=True)
-        root.roles["root"] = Role([], threshold)
+        root.roles["root"] = Role([], len(self.root_keys))
         for name in self.root_keys:
             root.add_key(signer(name).public_key, "root")
         root.add_key(signer("targets").public_key, "targets")
         for role in ("snapshot", "timestamp"):
             root.add_key(signer(self.online).public_key, role)
         metadata = Metadata(root)
-        for name in dict.fromkeys((*old, *self.root_keys)):
+        for name in signed_by or dict.fromkeys((*old, *self.root_keys)):
             metadata.sign(signer(name), append=True)
         self.roots.append(metadata)
         if online and len(self.roots) > 1:
-            self.targets.signed.delegations = self._delegations()
-            self.targets.signed.version += 1
-            self.targets.sign(signer("targets"))
+            self.sign_targets()
+
+    def sign_targets(self) -> None:
+        """The next targets: the admin says anew who may sign what."""
+        targets = Targets(
+            self.targets.signed.version + 1, expires=self.at(365 * DAY), targets={}, delegations=self._delegations()
+        )
+        self.targets = Metadata(targets)
+        self.targets.sign(signer("targets"))
 
     def publish(
         self, path: str, files: Mapping[str, bytes] | None = None, *, key: str = "", entry: str = ""
@@ -115,9 +123,12 @@ class Simulator:
         self.blobs |= blobs
         return manifest
 
-    def list_release(self, manifest: Manifest, *, path: str = "", key: str = "") -> None:
-        """Put a manifest into its model's role, as CI does, under its own path or another."""
-        data, path, model = manifest.to_bytes(), path or str(manifest.path), manifest.path.model
+    def release(self, path: str, files: Mapping[str, bytes] | None = None) -> tuple[Manifest, dict[str, bytes]]:
+        return release(path, files)
+
+    def list_release(self, manifest: Manifest, *, path: str = "", key: str = "", role: str = "") -> None:
+        """Put a manifest into its model's role, as CI does; or under another path, key or role."""
+        data, path, model = manifest.to_bytes(), path or str(manifest.path), role or manifest.path.model
         self.manifests[digest(data)] = data
         targets = dict(self.roles[model].signed.targets) if model in self.roles else {}
         targets[path] = TargetFile(len(data), {"sha256": digest(data)}, path)
@@ -168,7 +179,7 @@ class Simulator:
         snapshot_key: str = "",
         timestamp_key: str = "",
         snapshot_versions: Mapping[str, int] | None = None,
-        binding: str | None = None,
+        edit: Callable[[str, str], str] = lambda _, text: text,
     ) -> dict[str, str]:
         """Director, snapshot and timestamp, and the roles they name. Everything honest unless told otherwise."""
         version = version if version is not None else max(self.now, self.version + 1)
@@ -176,28 +187,33 @@ class Simulator:
         entries = self._director_targets(device or self.device) if director_targets is None else director_targets
         director = Metadata(Targets(version, expires=self.at(self.lifetime), targets=dict(entries)))
         director.sign(signer(director_key or self.online))
-        files = {"director": director, "targets": self.targets, **self.roles}
-        meta = {f"{name}.json": _meta(metadata) for name, metadata in files.items()}
+        texts = {name: edit(name, _text(each)) for name, each in self._listed(director).items()}
+        versions = {name: each.signed.version for name, each in self._listed(director).items()}
+        meta = {name: _meta(versions[name], text) for name, text in texts.items()}
         for name, other in (snapshot_versions or {}).items():
-            meta[f"{name}.json"].version = other
-        snapshot = Metadata(Snapshot(version, expires=self.at(self.lifetime), meta=meta))
+            meta[name].version = other
+        snapshot = Metadata(
+            Snapshot(
+                version, expires=self.at(self.lifetime), meta={f"{name}.json": each for name, each in meta.items()}
+            )
+        )
         snapshot.sign(signer(snapshot_key or self.online))
-        timestamp = self._timestamp(version, snapshot, binding or device or self.device)
-        timestamp.sign(signer(timestamp_key or self.online))
-        named: dict[str, Metadata[Any]] = {
-            f"{metadata.signed.version}.{name}.json": metadata for name, metadata in files.items()
-        }
-        named |= {f"{version}.snapshot.json": snapshot, "timestamp.json": timestamp}
-        return {name: _text(metadata) for name, metadata in named.items()}
+        files = {f"{versions[name]}.{name}.json": text for name, text in texts.items()}
+        files[f"{version}.snapshot.json"] = edit("snapshot", _text(snapshot))
+        timestamp = Timestamp(
+            version, expires=self.at(self.lifetime), snapshot_meta=_meta(version, files[f"{version}.snapshot.json"])
+        )
+        timestamp.unrecognized_fields[BINDING] = device or self.device
+        signed = Metadata(timestamp)
+        signed.sign(signer(timestamp_key or self.online))
+        return {**files, "timestamp.json": edit("timestamp", _text(signed))}
 
     def copy(self) -> "Simulator":
         """The same repository, to go another way: what a thief of its keys can make of it."""
         return deepcopy(self)
 
-    def _timestamp(self, version: int, snapshot: Metadata[Snapshot], binding: str) -> Metadata[Timestamp]:
-        timestamp = Timestamp(version, expires=self.at(self.lifetime), snapshot_meta=_meta(snapshot))
-        timestamp.unrecognized_fields[BINDING] = binding
-        return Metadata(timestamp)
+    def _listed(self, director: Metadata[Targets]) -> dict[str, Metadata[Targets]]:
+        return {"director": director, "targets": self.targets, **self.roles}
 
     def _director_targets(self, device: str) -> dict[str, TargetFile]:
         entries = {}
@@ -214,7 +230,9 @@ class Simulator:
         for name, (holder, pattern) in names.items():
             key = signer(holder).public_key
             keys[key.keyid] = key
-            roles[name] = DelegatedRole(name, [key.keyid], 1, terminating=name == "director", paths=[pattern])
+            roles[name] = DelegatedRole(
+                name, [key.keyid], self.threshold.get(name, 1), terminating=name == "director", paths=[pattern]
+            )
         return Delegations(keys, roles)
 
 
@@ -227,13 +245,19 @@ def resigned(text: str, key: str, **changes: Any) -> str:
     return _text(metadata)
 
 
-def days(count: float) -> timedelta:
-    return timedelta(days=count)
+def unsigned(text: str) -> str:
+    metadata: Metadata[Any] = Metadata.from_bytes(text.encode())
+    metadata.signatures.clear()
+    return _text(metadata)
+
+
+def digest_of(manifest: Manifest) -> str:
+    return digest(manifest.to_bytes())
 
 
 def _text(metadata: Metadata[Any]) -> str:
     return metadata.to_bytes(_COMPACT).decode()
 
 
-def _meta(metadata: Metadata[Any]) -> MetaFile:
-    return MetaFile.from_data(metadata.signed.version, _text(metadata).encode(), ["sha256"])
+def _meta(version: int, text: str) -> MetaFile:
+    return MetaFile.from_data(version, text.encode(), ["sha256"])

@@ -37,6 +37,7 @@ class Counts:
     slowest_ms: float = 0.0
     began: float = 0.0  # time.monotonic(), which all processes of a machine share
     error: str = ""
+    serving: str = ""  # the release that answered last
     by_release: dict[str, int] = field(default_factory=dict)
 
 
@@ -74,7 +75,7 @@ class Feed(threading.Thread):
         counts.attempted += 1
         counts.began = begin = time.monotonic()
         try:
-            outputs = self.model.run(inputs)
+            release, outputs = self.model.run_on(inputs)
         except Exception as error:  # noqa: BLE001  # whatever it is, it is a failed call, and is counted as one
             counts.failed += 1
             counts.error = f"{type(error).__name__}: {error}"
@@ -84,8 +85,8 @@ class Feed(threading.Thread):
         counts.slowest_ms = max(counts.slowest_ms, (time.monotonic() - begin) * 1e3)
         counts.answered += 1
         counts.invalid += bool(np.isnan(outputs["probabilities"]).any())
-        release = str(self.model.release)
-        counts.by_release[release] = counts.by_release.get(release, 0) + 1
+        counts.serving = release.version
+        counts.by_release[release.version] = counts.by_release.get(release.version, 0) + 1
 
 
 def main() -> None:

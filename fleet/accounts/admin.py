@@ -46,7 +46,7 @@ class UserAdmin(DjangoUserAdmin, ModelAdmin):  # type: ignore[misc,type-arg]  # 
 
 
 @admin.register(Group)
-class PermissionGroupAdmin(DjangoGroupAdmin, ModelAdmin):  # type: ignore[misc,type-arg]  # unfold ships no types
+class PermissionGroupAdmin(DjangoGroupAdmin, ModelAdmin):  # type: ignore[misc]  # unfold ships no types
     pass
 
 
@@ -119,9 +119,7 @@ class ApiTokenAdmin(ModelAdmin):  # type: ignore[misc]  # unfold ships no types
             "row": obj,
             "list_url": reverse("admin:accounts_apitoken_changelist"),
         }
-        response = TemplateResponse(request, "dashboard/api_token.html", context)
-        response["Cache-Control"] = "no-store"
-        return response
+        return TemplateResponse(request, "dashboard/api_token.html", context)
 
     @display(description="Owner")
     def owner(self, token: ApiToken) -> str:

@@ -1,13 +1,10 @@
 """What the pages of single rows show beside their fields: tables for unfold's component, as plain values."""
 
-import json
 from base64 import b64encode
 from collections import Counter
 from datetime import timedelta
 from typing import Any
-from urllib.parse import urlsplit
 
-from django.conf import settings
 from django.utils import timezone
 from django.utils.html import format_html
 
@@ -19,8 +16,8 @@ from fleet.devices import selectors as devices
 from fleet.devices.models import Device, EnrolmentToken
 from fleet.errors import FleetError
 from fleet.releases.models import Model, Release, Variant
-from fleet.rollouts.models import Outcome, Rollout
-from fleet.trust import selectors as trust
+from fleet.rollouts.models import Outcome, Rollout, Stage
+from fleet.trust.provisioning import provision
 
 EVENTS = 50
 OUTCOMES = 200
@@ -38,15 +35,22 @@ def guards(rollout: Rollout) -> Table:
     rows = [
         [
             f"{stage.percent:g} %",
-            f"{stage.success_threshold:.0%} of {stage.min_reports} or more reports",
+            f"{stage.success_threshold:.0%} of {stage.min_reports}+ reports",
             stage.failure_budget,
             _span(stage.soak_seconds),
-            presentation.ago(stage.entered_at, never="-"),
-            presentation.ago(stage.passed_at, never="-"),
+            _stage_times(stage),
         ]
         for stage in rollout.stages.all()
     ]
-    return table(["Stage", "Success needed", "Failures allowed", "Shortest time", "Entered", "Passed"], rows)
+    return table(["Stage", "Success", "Failures allowed", "At least", "Reached"], rows)
+
+
+def _stage_times(stage: Stage) -> str:
+    if stage.entered_at is None:
+        return "-"
+    if stage.passed_at is None:
+        return presentation.ago(stage.entered_at)
+    return format_html("{}, passed {}", presentation.ago(stage.entered_at), presentation.ago(stage.passed_at))
 
 
 def _span(seconds: int) -> str:
@@ -56,12 +60,15 @@ def _span(seconds: int) -> str:
     return f"{seconds} s"
 
 
+SHOWN_FIRST = (Outcome.State.FAILED, Outcome.State.UPDATING, Outcome.State.WITHDRAWN, Outcome.State.COMMITTED)
+
+
 def outcomes(rollout: Rollout) -> dict[str, Any]:
     """Devices of a rollout, failures first; `reasons` sums up why."""
     failed = rollout.outcomes.filter(state=Outcome.State.FAILED)
     reasons = Counter(reason.split(":")[0] or "no reason given" for reason in failed.values_list("reason", flat=True))
     rows = rollout.outcomes.select_related("device").order_by("-state", "-changed_at")
-    order = {Outcome.State.FAILED: 0, Outcome.State.UPDATING: 1, Outcome.State.COMMITTED: 2}
+    order = {state: place for place, state in enumerate(SHOWN_FIRST)}
     shown = [*failed.select_related("device")[:OUTCOMES], *rows.exclude(state=Outcome.State.FAILED)[:OUTCOMES]]
     shown = sorted(shown[:OUTCOMES], key=lambda row: order[Outcome.State(row.state)])
     cells = [
@@ -211,26 +218,9 @@ def _shape(sizes: list[Any]) -> str:
 
 # --- enrolment ----------------------------------------------------------------------------------------------------
 def provisioning(token: EnrolmentToken, secret: str) -> dict[str, str]:
-    """The device's `provision.json`, see `device_sdk.config.Provision`; or the problem that stands in the way."""
+    """The device's `provision.json` for a download; or the problem that stands in the way."""
     try:
-        root = trust.root_text()
+        content = provision(secret=secret, models=token.model_names)
     except FleetError as error:
         return {"problem": f"{error.message[:1].upper()}{error.message[1:]}."}
-    text = json.dumps(
-        {
-            "server": settings.PUBLIC_URL,
-            "root": root,
-            "token": secret,
-            "models": token.model_names,
-            "blob_hosts": _blob_hosts(),
-            "clock_floor": int(timezone.now().timestamp()),
-        },
-        indent=1,
-    )
-    return {"text": text, "base64": b64encode(text.encode()).decode()}
-
-
-def _blob_hosts() -> list[str]:
-    """Where presigned addresses lead, which devices must be told beforehand."""
-    endpoint = settings.STORAGES["objects"].get("OPTIONS", {}).get("endpoint_url")
-    return [urlsplit(endpoint).netloc] if settings.S3_BUCKET and endpoint else []
+    return {"base64": b64encode(content).decode()}

@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 from django.contrib import admin
 from django.db.models import Model, Q, QuerySet
 from django.http import HttpRequest, HttpResponse
+from django.shortcuts import get_object_or_404
 from django.template.response import TemplateResponse
 from django.urls import reverse
 from django.utils import timezone
@@ -74,12 +75,12 @@ class SeenFilter(DropdownFilter):  # type: ignore[misc]  # unfold ships no types
 
 
 @admin.register(Device)
-class DeviceAdmin(ReadOnlyAdmin):  # type: ignore[misc]  # unfold ships no types
-    list_display: ClassVar = ["name", "state_label", "running", "label_list", "sdk", "seen"]
+class DeviceAdmin(ReadOnlyAdmin):
+    list_display: ClassVar = ["name", "state_label", "running", "label_list", "sdk_version", "seen"]
     list_filter: ClassVar = [("state", ChoicesDropdownFilter), RunsFilter, SeenFilter]
     search_fields: ClassVar = ["name", "labels", "sdk"]
     list_select_related: ClassVar = ["runs", "token"]
-    fields = ("model_list", "pin_list", "sdk", "enrolled_by", "enrolled", "lost")
+    fields = ("model_list", "pin_list", "sdk_version", "enrolled_by", "enrolled", "lost")
     readonly_fields = fields
     change_form_outer_before_template = "dashboard/device.html"
     actions: ClassVar = ["approve_selected"]
@@ -108,7 +109,7 @@ class DeviceAdmin(ReadOnlyAdmin):  # type: ignore[misc]  # unfold ships no types
         ),
     )
     def approve(self, request: HttpRequest, form: CommentForm, object_id: str) -> HttpResponse:
-        device = Device.objects.get(pk=object_id)
+        device = get_object_or_404(Device, pk=object_id)
         return adminkit.perform(
             request,
             lambda: services.approve(device=device, actor=adminkit.actor(request)),
@@ -130,7 +131,7 @@ class DeviceAdmin(ReadOnlyAdmin):  # type: ignore[misc]  # unfold ships no types
         ),
     )
     def revoke(self, request: HttpRequest, form: CommentForm, object_id: str) -> HttpResponse:
-        device = Device.objects.get(pk=object_id)
+        device = get_object_or_404(Device, pk=object_id)
         return adminkit.perform(
             request,
             lambda: services.revoke(device=device, actor=adminkit.actor(request)),
@@ -173,6 +174,10 @@ class DeviceAdmin(ReadOnlyAdmin):  # type: ignore[misc]  # unfold ships no types
     def seen(self, device: Device) -> str:
         return presentation.presence(device.last_seen, selectors.offline_before())
 
+    @display(description="SDK", ordering="sdk")
+    def sdk_version(self, device: Device) -> str:
+        return device.sdk or "-"
+
     @display(description="Enrolled with")
     def enrolled_by(self, device: Device) -> str:
         return presentation.link(device.token)
@@ -199,7 +204,7 @@ class GroupAdmin(ModelAdmin):  # type: ignore[misc]  # unfold ships no types
 
 
 @admin.register(EnrolmentToken)
-class EnrolmentTokenAdmin(KeptAdmin):  # type: ignore[misc]  # unfold ships no types
+class EnrolmentTokenAdmin(KeptAdmin):
     """The token's text is shown once, with the provisioning file, on the page that makes it."""
 
     list_display: ClassVar = ["name", "standing", "used", "model_list", "label_list", "expires", "created_by"]
@@ -242,9 +247,7 @@ class EnrolmentTokenAdmin(KeptAdmin):  # type: ignore[misc]  # unfold ships no t
             "row": obj,
             "list_url": reverse("admin:devices_enrolmenttoken_changelist"),
         }
-        response = TemplateResponse(request, "dashboard/enrolment_token.html", context)
-        response["Cache-Control"] = "no-store"
-        return response
+        return TemplateResponse(request, "dashboard/enrolment_token.html", context)
 
     def has_act_permission(self, request: HttpRequest, obj: Any = None) -> bool:
         return bool(request.user.has_perm("devices.change_enrolmenttoken"))
@@ -267,7 +270,7 @@ class EnrolmentTokenAdmin(KeptAdmin):  # type: ignore[misc]  # unfold ships no t
         ),
     )
     def revoke(self, request: HttpRequest, form: CommentForm, object_id: str) -> HttpResponse:
-        token = EnrolmentToken.objects.get(pk=object_id)
+        token = get_object_or_404(EnrolmentToken, pk=object_id)
         return adminkit.perform(
             request,
             lambda: services.revoke_token(token=token),
@@ -303,7 +306,7 @@ class EnrolmentTokenAdmin(KeptAdmin):  # type: ignore[misc]  # unfold ships no t
 
 
 @admin.register(DeviceEvent)
-class DeviceEventAdmin(ReadOnlyAdmin):  # type: ignore[misc]  # unfold ships no types
+class DeviceEventAdmin(ReadOnlyAdmin):
     list_display: ClassVar = ["happened", "device_link", "kind_label", "release", "reason"]
     list_filter: ClassVar = ["kind", "model"]
     search_fields: ClassVar = ["device__name", "release", "reason"]

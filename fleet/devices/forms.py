@@ -63,7 +63,7 @@ class GroupForm(forms.ModelForm):  # type: ignore[type-arg]
 class NamesField(forms.CharField):
     widget = UnfoldAdminTextInputWidget
 
-    def to_python(self, value: Any) -> list[str]:
+    def to_python(self, value: Any) -> Any:
         names = [part.strip() for part in (value or "").split(",") if part.strip()]
         try:
             return [check_model(name) for name in names]

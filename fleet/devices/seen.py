@@ -81,9 +81,10 @@ class Flusher:
                 self._thread.start()
 
     def _run(self) -> None:
-        main = threading.main_thread()
-        while main.is_alive():
+        main, more = threading.main_thread(), True
+        while more:
             main.join(settings.LAST_SEEN_FLUSH)
+            more = main.is_alive()  # looked at before the flush: the last one comes after the end
             self._flush_quietly()
         connection.close()
 

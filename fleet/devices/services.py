@@ -351,8 +351,9 @@ def thin_history() -> None:
     """Keep history bounded: old spread samples by the hour, events and health reports for a while."""
     now = timezone.now()
     SpreadSample.objects.filter(at__lt=now - SPREAD_KEPT).delete()
-    earlier = SpreadSample.objects.filter(at__gte=TruncHour(OuterRef("at")), at__lt=OuterRef("at"))
-    SpreadSample.objects.filter(Exists(earlier), at__lt=now - FULL_DETAIL).delete()
+    by_hour = SpreadSample.objects.annotate(hour=TruncHour("at")).filter(at__lt=now - FULL_DETAIL)
+    earlier = SpreadSample.objects.filter(at__gte=OuterRef("hour"), at__lt=OuterRef("at"))
+    by_hour.filter(Exists(earlier)).delete()
     stale = Q(received_at__lt=now - EVENTS_KEPT) | Q(kind=HEALTH, received_at__lt=now - HEALTH_KEPT)
     DeviceEvent.objects.filter(stale).delete()
 

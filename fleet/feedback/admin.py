@@ -17,7 +17,7 @@ from fleet.feedback.models import Batch, Campaign, DatasetPart
 
 
 @admin.register(Campaign)
-class CampaignAdmin(KeptAdmin):  # type: ignore[misc]  # unfold ships no types
+class CampaignAdmin(KeptAdmin):
     form = CampaignForm
     list_display: ClassVar = ["name", "model", "standing", "share", "window_text", "samples", "expires"]
     list_filter: ClassVar = [("model", RelatedDropdownFilter), "active"]
@@ -63,7 +63,7 @@ class CampaignAdmin(KeptAdmin):  # type: ignore[misc]  # unfold ships no types
 
     @display(description="Samples", ordering="brought")
     def samples(self, campaign: Campaign) -> int:
-        return campaign.brought or 0  # type: ignore[attr-defined, no-any-return]
+        return campaign.brought or 0  # type: ignore[attr-defined]  # annotated
 
     @display(description="Expires", ordering="expires_at")
     def expires(self, campaign: Campaign) -> str:
@@ -71,7 +71,7 @@ class CampaignAdmin(KeptAdmin):  # type: ignore[misc]  # unfold ships no types
 
 
 @admin.register(Batch)
-class BatchAdmin(ReadOnlyAdmin):  # type: ignore[misc]  # unfold ships no types
+class BatchAdmin(ReadOnlyAdmin):
     list_display: ClassVar = [
         "name",
         "model",
@@ -121,7 +121,7 @@ class BatchAdmin(ReadOnlyAdmin):  # type: ignore[misc]  # unfold ships no types
 
 
 @admin.register(DatasetPart)
-class DatasetPartAdmin(ReadOnlyAdmin):  # type: ignore[misc]  # unfold ships no types
+class DatasetPartAdmin(ReadOnlyAdmin):
     list_display: ClassVar = ["part", "version", "day", "rows", "weight", "made"]
     list_filter: ClassVar = [("model", RelatedDropdownFilter), "version"]
     list_select_related: ClassVar = ["model"]

@@ -127,7 +127,12 @@ def _tensors(sample: Sample) -> dict[str, Array]:
 
 
 def _signature(sample: Sample) -> Signature:
-    return tuple(sorted((column, array.dtype.str) for column, array in _tensors(sample).items()))
+    return tuple(sorted((column, _kind(array.dtype)) for column, array in _tensors(sample).items()))
+
+
+def _kind(dtype: np.dtype[Any]) -> str:
+    """Text is text, however long the longest of an array."""
+    return "text" if dtype.kind == "U" else dtype.str
 
 
 def _plain_columns(rows: list[Row]) -> dict[str, pa.Array]:

@@ -33,7 +33,8 @@ class CampaignForm(forms.ModelForm):  # type: ignore[type-arg]
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         if self.instance.pk:
-            self.initial |= {
+            self.initial = {
+                **self.initial,
                 "percent": 100 * self.instance.rate,
                 "opens": time(*divmod(self.instance.window_start, 60)),
                 "closes": time(*divmod(self.instance.window_end, 60)),

@@ -2,11 +2,17 @@
 
 from typing import ClassVar
 
-from django.core.validators import MaxValueValidator, MinValueValidator
+from django.core.exceptions import ValidationError
+from django.core.validators import MaxValueValidator
 from django.db import models
 from django.utils import timezone
 
 from device_sdk.protocol.assignment import DAY_MINUTES, MAX_JITTER_SECONDS, MAX_SAMPLES
+
+
+def validate_probability(value: float) -> None:
+    if not 0 <= value <= 1:  # said this way round, so that NaN is none
+        raise ValidationError("expected a number from 0 to 1")
 
 
 class Campaign(models.Model):
@@ -16,7 +22,7 @@ class Campaign(models.Model):
     model = models.ForeignKey("releases.Model", on_delete=models.PROTECT, related_name="campaigns")
     rate = models.FloatField(
         default=0.01,
-        validators=[MinValueValidator(0), MaxValueValidator(1)],
+        validators=[validate_probability],
         help_text="probability with which a device keeps an inference",
     )
     max_samples = models.PositiveIntegerField(

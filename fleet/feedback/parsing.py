@@ -3,7 +3,7 @@
 What makes this safe: nothing is compressed, so the length that was announced bounds what opening can cost; the zip's
 directory is measured before zipfile builds an object for each entry; each member is used once, so that a small file
 cannot stand for many samples; array headers are checked against the bytes that follow before an array is made; and
-only plain numbers are arrays here, so that nothing is ever unpickled. No IO.
+arrays are of plain numbers or text, so that nothing is ever unpickled. No IO.
 """
 
 import math
@@ -27,6 +27,7 @@ from fleet.errors import Invalid
 Array = np.ndarray[Any, np.dtype[Any]]
 
 DTYPES = frozenset({"|b1", "|i1", "|u1", "<i2", "<u2", "<i4", "<u4", "<i8", "<u8", "<f2", "<f4", "<f8"})
+_LAST_CHARACTER, _SURROGATES = 0x10FFFF, (0xD800, 0xDFFF)
 MEMBERS = 65_534  # what a zip without the 64-bit extension can hold
 _DIRECTORY_ENTRY = 128  # bytes; 46 and the name is what ours take
 _END = struct.Struct("<4s4H2LH")  # the end-of-central-directory record
@@ -134,8 +135,8 @@ def _check_references(index: BatchIndex, stored: set[str]) -> None:
 def _references(entry: SampleEntry) -> Iterator[str]:
     for tensors in (entry.inputs, entry.outputs):
         for name in tensors:
-            if not name or not name.isprintable() or name.endswith(".shape"):
-                raise Invalid("bad_index", f"expected a printable tensor name, not ending in .shape; got {name!r:.80}")
+            if not name or not name.isprintable() or f"{name}.shape" in tensors:  # where its shape will stand
+                raise Invalid("bad_index", f"expected a printable tensor name of its own; got {name!r:.80}")
         yield from tensors.values()
 
 
@@ -154,7 +155,7 @@ def _named(data: bytes, member: str) -> Array:
 
 
 def tensor(data: bytes) -> Array:
-    """Read one `.npy` of plain numbers, of version 1.0, which is what numpy writes for them. Nothing is copied."""
+    """Read one `.npy` of plain numbers or text, of version 1.0, which is what numpy writes for them."""
     start = len(_MAGIC) + 2 + int.from_bytes(data[8:10], "little")
     if not data.startswith(_MAGIC) or not len(_MAGIC) + 2 < start <= min(_HEADER, len(data)):
         raise Invalid("bad_tensor", "expected a .npy file of version 1.0")
@@ -162,11 +163,19 @@ def tensor(data: bytes) -> Array:
     expected = math.prod(shape) * dtype.itemsize
     if len(data) - start != expected:
         raise Invalid("bad_tensor", f"expected {expected} bytes for {shape} {dtype}; got {len(data) - start}")
-    if dtype.kind == "b":  # any byte may come; only 0 and 1 are booleans
-        array: Array = np.frombuffer(data, np.uint8, offset=start) != 0
-    else:
-        array = np.frombuffer(data, dtype, offset=start)
-    return array.reshape(shape, order="F" if fortran else "C")
+    return _values(data, start, dtype).reshape(shape, order="F" if fortran else "C")
+
+
+def _values(data: bytes, start: int, dtype: np.dtype[Any]) -> Array:
+    """A view of the bytes, where every byte is a legal value."""
+    if dtype.kind == "b":  # only 0 and 1 are booleans
+        flags: Array = np.frombuffer(data, np.uint8, offset=start) != 0
+        return flags
+    if dtype.kind == "U":
+        code = np.frombuffer(data, "<u4", offset=start)
+        if ((code > _LAST_CHARACTER) | ((code >= _SURROGATES[0]) & (code <= _SURROGATES[1]))).any():
+            raise Invalid("bad_tensor", "expected text; got numbers that are no characters")
+    return np.frombuffer(data, dtype, offset=start)
 
 
 @lru_cache(maxsize=256)  # the samples of a batch have a handful of headers between them
@@ -175,8 +184,8 @@ def _header(data: bytes) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:
         shape, fortran, dtype = npy.read_array_header_1_0(BytesIO(data))
     except _HEADER_ERRORS as error:
         raise Invalid("bad_tensor", f"expected the header of an array; {error!s:.200}") from error
-    if dtype.str not in DTYPES:
-        raise Invalid("bad_tensor", f"expected a dtype of {sorted(DTYPES)}; got {dtype.str!r:.40}")
+    if dtype.str not in DTYPES and not (dtype.str.startswith("<U") and dtype.itemsize):
+        raise Invalid("bad_tensor", f"expected text or one of {sorted(DTYPES)}; got {dtype.str!r:.40}")
     if len(shape) > limits.RANK or any(not 0 <= size < 2**40 for size in shape):
         raise Invalid("bad_tensor", f"expected up to {limits.RANK} sizes; got {shape!r:.80}")
     return shape, fortran, dtype

@@ -22,6 +22,7 @@ from django.db.models import Q
 from django.utils import timezone
 
 from device_sdk.protocol.batches import BatchHead
+from device_sdk.protocol.fields import plain
 from fleet.devices.models import Device
 from fleet.errors import Conflict, Invalid, NotFound, TooLarge
 from fleet.feedback import datasets, parsing, selectors
@@ -61,7 +62,8 @@ def announce(*, device: Device, head: BatchHead) -> tuple[Batch, bool]:
 
 def find(*, device: Device, batch_id: str) -> Batch:
     """A batch of this device. Another device's is as unknown as one that does not exist."""
-    batch = Batch.objects.filter(device=device, batch_id=batch_id).select_related("device", "model").first()
+    rows = Batch.objects.filter(device=device, batch_id=batch_id).select_related("device", "model")
+    batch = rows.first() if batch_id.isascii() and batch_id.isalnum() else None  # the address may hold anything
     if batch is None:
         raise NotFound("unknown_batch", f"device {device.name} announced no batch {batch_id!r:.40}")
     return batch
@@ -224,7 +226,7 @@ def _read_or_reject(batch: Batch) -> Mapping[datasets.Cell, list[datasets.Row]] 
     try:
         return _read(batch)
     except Invalid as error:
-        reason = f"{error.code}: {error.message}"[:1000]
+        reason = plain(f"{error.code}: {error.message}"[:1000])
         if Batch.objects.filter(pk=batch.pk, state=State.RECEIVED).update(state=State.REJECTED, reason=reason):
             logger.warning("batch_rejected", batch=batch.batch_id, device=batch.device.name, reason=reason)
         return None

@@ -14,7 +14,7 @@ from fleet.releases.models import Model, Release
 
 
 @admin.register(Model)
-class ModelAdmin(KeptAdmin):  # type: ignore[misc]  # unfold ships no types
+class ModelAdmin(KeptAdmin):
     """A model is added where its signing keys are: `manage.py trust_add_model`. Here it is described."""
 
     list_display: ClassVar = ["name", "description", "newest", "releases_count", "made"]
@@ -33,7 +33,7 @@ class ModelAdmin(KeptAdmin):  # type: ignore[misc]  # unfold ships no types
 
     @display(description="Newest valid release")
     def newest(self, model: Model) -> str:
-        return model.newest_version or "-"  # type: ignore[attr-defined, no-any-return]
+        return model.newest_version or "-"  # type: ignore[attr-defined]  # annotated
 
     @display(description="Releases", ordering="releases_made")
     def releases_count(self, model: Model) -> int:
@@ -45,7 +45,7 @@ class ModelAdmin(KeptAdmin):  # type: ignore[misc]  # unfold ships no types
 
 
 @admin.register(Release)
-class ReleaseAdmin(ReadOnlyAdmin):  # type: ignore[misc]  # unfold ships no types
+class ReleaseAdmin(ReadOnlyAdmin):
     list_display: ClassVar = ["name", "state_label", "variant_names", "total_size", "published_by", "published"]
     list_filter: ClassVar = [("model", RelatedDropdownFilter), ("state", ChoicesDropdownFilter)]
     search_fields: ClassVar = ["version", "model__name", "published_by"]

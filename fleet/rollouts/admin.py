@@ -6,6 +6,7 @@ from typing import Any, ClassVar
 from django.contrib import admin, messages
 from django.db.models import Count, Model, Q, QuerySet
 from django.http import HttpRequest, HttpResponse, HttpResponseRedirect
+from django.shortcuts import get_object_or_404
 from unfold.contrib.filters.admin import ChoicesDropdownFilter, RelatedDropdownFilter
 from unfold.decorators import action, display
 from unfold.enums import ActionVariant
@@ -26,7 +27,7 @@ def offered(state: str | None) -> set[str]:
 
 
 @admin.register(Rollout)
-class RolloutAdmin(KeptAdmin):  # type: ignore[misc]  # unfold ships no types
+class RolloutAdmin(KeptAdmin):
     list_display: ClassVar = ["name", "to", "state_label", "stage", "counts", "started", "by"]
     list_filter: ClassVar = [("state", ChoicesDropdownFilter), ("release__model", RelatedDropdownFilter)]
     search_fields: ClassVar = ["release__version", "release__model__name", "group__name"]
@@ -155,7 +156,7 @@ class RolloutAdmin(KeptAdmin):  # type: ignore[misc]  # unfold ships no types
     def _operate(
         self, request: HttpRequest, form: CommentForm, object_id: str, service: Callable[..., object], done: str
     ) -> HttpResponse:
-        rollout = Rollout.objects.get(pk=object_id)
+        rollout = get_object_or_404(Rollout, pk=object_id)
         comment = form.cleaned_data["comment"]
         return adminkit.perform(
             request,

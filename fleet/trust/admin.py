@@ -15,7 +15,7 @@ from fleet.trust.models import RoleMetadata
 
 
 @admin.register(RoleMetadata)
-class RoleMetadataAdmin(ReadOnlyAdmin):  # type: ignore[misc]  # unfold ships no types
+class RoleMetadataAdmin(ReadOnlyAdmin):
     list_display: ClassVar = ["role", "version", "standing", "key_ids", "signed", "expires"]
     list_filter: ClassVar = ["role"]
     search_fields: ClassVar = ["role"]

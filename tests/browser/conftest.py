@@ -17,6 +17,9 @@ ARGUMENTS = [
 ]  # fmt: skip
 
 
+PHONE = {"width": 375, "height": 812}
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _sync_playwright_beside_the_orm() -> Iterator[None]:
     """Playwright's loop runs in this thread, and Django would take it for an async view."""
@@ -43,8 +46,14 @@ def fleet(transactional_db: None) -> world.World:
 
 
 @pytest.fixture
+def people(transactional_db: None) -> None:
+    """Nobody and nothing but the people."""
+    world.people()
+
+
+@pytest.fixture
 def visit(browser: Browser, live_server: Any) -> Iterator[Callable[..., Page]]:
-    """Open a page as somebody: `visit("olga", "/admin/", width=375)`. Anything the console calls an error fails the test."""
+    """Open a page as somebody: `visit("olga", "/admin/", width=375)`. An error on the console fails the test."""
     contexts, troubles = [], []
 
     def open_page(
@@ -60,7 +69,7 @@ def visit(browser: Browser, live_server: Any) -> Iterator[Callable[..., Page]]:
         page = context.new_page()
         page.on("console", lambda message: troubles.append(message.text) if message.type == "error" else None)
         page.on("pageerror", lambda error: troubles.append(str(error)))
-        page.on("requestfailed", lambda request: troubles.append(f"failed: {request.url}"))
+        page.on("requestfailed", lambda request: troubles.append(f"failed: {request.url:.200}"))
         page.goto(f"{live_server.url}/admin/login/?next={path}")
         page.fill("#id_username", user)
         page.fill("#id_password", world.PASSWORD)

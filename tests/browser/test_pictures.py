@@ -1,4 +1,4 @@
-"""Pictures of the pages people use, in light, dark and on a phone. `make pictures` keeps them for the docs."""
+"""Pictures of the pages people use, in light, dark and on a phone. `make screenshots` keeps them for the docs."""
 
 import os
 from collections.abc import Callable
@@ -7,15 +7,17 @@ from pathlib import Path
 import pytest
 from playwright.sync_api import Page
 
+from tests.browser.conftest import PHONE
 from tests.browser.world import World
 
 pytestmark = pytest.mark.browser
-PHONE = {"width": 375, "height": 812}
+TALLEST = 2400
+SCREENSHOTS = Path(__file__).resolve().parents[2] / "deploy" / "screenshots"
 
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    kept = Path(os.environ.get("FLEET_PICTURES") or tmp_path)
+    kept = SCREENSHOTS if os.environ.get("FLEET_SCREENSHOTS") else tmp_path
     kept.mkdir(parents=True, exist_ok=True)
     return kept
 
@@ -48,7 +50,7 @@ def test_every_page_can_be_pictured(visit: Callable[..., Page], fleet: World, fo
 
 
 def _stretch(page: Page) -> None:
-    """Make the window as tall as the page: bars that stick to the window's edge then stand at the page's."""
+    """Make the window as tall as the page, within reason: bars that stick to its edge then stand at the page's."""
     size = page.viewport_size or {"width": 1440, "height": 900}
     height = page.evaluate("document.documentElement.scrollHeight")
-    page.set_viewport_size({"width": size["width"], "height": max(size["height"], height)})
+    page.set_viewport_size({"width": size["width"], "height": max(size["height"], min(height, TALLEST))})

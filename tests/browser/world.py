@@ -64,8 +64,10 @@ def build(now: datetime) -> World:
     Group.objects.create(name="canary", description="Devices on our own desks", selector={"site": ["graz"]})
     everyone = Group.objects.create(name="cameras", description="All cameras", selector={"kind": ["camera"]})
     devices = _devices(now, dice)
-    _rollout(releases["detector", "1.3.1"], everyone, (10, 50, 100), Rollout.State.COMPLETED, now - timedelta(days=9))
-    _rollout(releases["keyword", "2.0.0"], None, (100,), Rollout.State.COMPLETED, now - timedelta(days=12))
+    _rollout(
+        releases["detector", "1.3.1"], everyone, (10, 50, 100), Rollout.State.COMPLETED, now - timedelta(hours=130)
+    )
+    _rollout(releases["keyword", "2.0.0"], None, (100,), Rollout.State.COMPLETED, now - timedelta(hours=150))
     _rollout(releases["vibration", "0.9.2"], None, (20, 100), Rollout.State.COMPLETED, now - timedelta(days=6))
     running = _rollout(
         releases["detector", "1.4.0"],
@@ -163,7 +165,7 @@ def _devices(now: datetime, dice: random.Random) -> list[Device]:
         silent = {3: timedelta(days=3), 12: timedelta(days=11), 21: timedelta(hours=5), 30: timedelta(hours=20)}
         device = Device.objects.create(
             name=name, state=state, token=token, sdk="0.1.0" if dice.random() < 0.8 else "0.0.9",
-            labels={"kind": "press" if listens else "camera", "site": SITES[number % 3], "hardware": HARDWARE[number % 3]},
+            labels={"kind": name[:-4], "site": SITES[number % 3], "hardware": HARDWARE[number % 3]},
             model_names=["vibration"] if listens else ["detector", "keyword"],
             nonce_digest=sha256(name.encode()).hexdigest(),
             last_seen=now - silent.get(number, timedelta(seconds=dice.randrange(5, 280))),
@@ -317,8 +319,8 @@ def _history(now: datetime) -> None:
     """Adoption curves by the hour: each release takes over from the one before it, in steps."""
     rows = []
     plans = {
-        "detector": (34, [("1.2.0", 400, 0), ("1.3.0", 330, 40), ("1.3.1", 216, 60), ("1.4.0", 5, 4)], 2),
-        "keyword": (34, [("1.9.0", 500, 0), ("2.0.0", 290, 30), ("2.1.0", 30, 8)], 0),
+        "detector": (34, [("1.2.0", 400, 0), ("1.3.0", 330, 40), ("1.3.1", 130, 60), ("1.4.0", 5, 4)], 2),
+        "keyword": (34, [("1.9.0", 500, 0), ("2.0.0", 150, 44), ("2.1.0", 30, 8)], 0),
         "vibration": (4, [("0.9.1", 500, 0), ("0.9.2", 140, 30)], 1),
     }
     for model, (total, waves, left) in plans.items():
@@ -339,9 +341,7 @@ def _moment(
         if version == "1.4.0":
             share *= 0.42
         taken = round(share * (total - left if counts else total))
-        for older in counts:
-            lost = round(counts[older] * share)
-            counts[older] -= lost
+        counts = {older: number - round(number * share) for older, number in counts.items()}
         counts[version] = taken
     spare = total - sum(counts.values())
     oldest = next(iter(counts))
@@ -361,7 +361,7 @@ def _feedback(now: datetime, dice: random.Random, devices: list[Device]) -> None
         digest = sha256(f"batch{number}".encode()).hexdigest()
         batch = Batch.objects.create(
             batch_id=digest[:32], device=device, model=model, campaign=campaign, sha256=digest,
-            length=dice.randrange(400_000, 9_000_000), samples=dice.randrange(20, 400), dropped=12 if number == 2 else 0,
+            length=dice.randrange(400_000, 9_000_000), samples=dice.randrange(20, 400), dropped=12 * (number == 2),
             state=("received", "ingested", "ingested", "rejected")[0 if number == 0 else 3 if number == 5 else 1],
             reason="batch.json: sample 3 names a release of another model" if number == 5 else "",
         )  # fmt: skip

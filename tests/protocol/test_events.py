@@ -66,7 +66,8 @@ def test_an_ordinary_post_is_taken() -> None:
         event_of(release="digits"), event_of(release="a/b/c/d"), event_of(release="../../x"), event_of(release=5),
         event_of(reason="x" * 501), event_of(reason="a\0b"), event_of(reason="\ud800"), event_of(rollout="9" * 65),
         event_of(detail=[]), event_of(detail={"a": None}), event_of(detail={"a": [1]}),
-        event_of(detail={"a": "x" * 201}), event_of(detail={"a" * 65: 1}), event_of(detail={str(n): n for n in range(DETAIL_KEYS + 1)}),
+        event_of(detail={"a": "x" * 201}), event_of(detail={"a" * 65: 1}),
+        event_of(detail={str(n): n for n in range(DETAIL_KEYS + 1)}),
         event_of(detail={"a": 10**400}), event_of(detail={"a\0": 1}),
     ],
 )  # fmt: skip

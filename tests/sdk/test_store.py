@@ -11,7 +11,7 @@ import pytest
 from device_sdk.errors import ModelError, StorageError, UntrustedError
 from device_sdk.protocol.manifest import digest
 from device_sdk.store import FileOps, ModelState, Store
-from tests.sdk.crashes import CountingOps, PowerCut, PowerLossOps
+from tests.sdk.crashes import CountingOps, PowerCut, PowerLossOps, UnsyncedOps
 from tests.simulator import release
 
 OLD, OLD_BLOBS = release("detector/1.0.0/default")
@@ -355,7 +355,7 @@ def update_and_reject(store, done):
 
 def survives(home, done):
     """Whether what was done before the cut is still so after it, and the rest can be done over."""
-    store = Store(home)
+    store = Store(home, UnsyncedOps())
     current = store.current("detector")
     allowed = {OLD_SHA, NEW_SHA}
     if "rejected" in done:
@@ -372,18 +372,18 @@ def survives(home, done):
     if "rejected" in done or store.is_bad(NEW_SHA):
         return resurrection_is_prevented(home)
     install(store, NEW, NEW_BLOBS)
-    return contents(store, Store(home).current("detector")) == known[NEW_SHA]
+    return contents(store, Store(home, UnsyncedOps()).current("detector")) == known[NEW_SHA]
 
 
 def resurrection_is_prevented(home):
     """Even when the state file is lost later."""
     (home / "state.json").unlink(missing_ok=True)
-    return Store(home).current("detector") == OLD_SHA
+    return Store(home, UnsyncedOps()).current("detector") == OLD_SHA
 
 
 def run(course, home, ops):
     """Start from OLD, open the store on `ops` and take the course as far as it goes. The steps done; cut or not."""
-    install(Store(home), OLD, OLD_BLOBS)
+    install(Store(home, UnsyncedOps()), OLD, OLD_BLOBS)
     done = []
     try:
         course(Store(home, ops), done)
@@ -449,7 +449,7 @@ def test_switching_back_before_the_mark_would_be_noticed(tmp_path, monkeypatch):
         reject_in_the_wrong_order(store, "detector", NEW_SHA, "NaN")
 
     def rolled_back_for_good(home):
-        store = Store(home)
+        store = Store(home, UnsyncedOps())
         return store.current("detector") != OLD_SHA or resurrection_is_prevented(home)
 
     outcomes = []
@@ -469,9 +469,9 @@ def test_a_disk_that_fails_at_any_operation_leaves_the_old_model_and_the_update_
             run(update, home, CountingOps(fail_at=at, error=OSError(number, os.strerror(number))))
         except StorageError as error:
             codes.append(error.code)
-        store = Store(home)
+        store = Store(home, UnsyncedOps())
         assert contents(store, store.current("detector"))
         install(store, NEW, NEW_BLOBS)
-        assert Store(home).current("detector") == NEW_SHA
+        assert Store(home, UnsyncedOps()).current("detector") == NEW_SHA
     assert set(codes) == {code}
     assert len(codes) > 30

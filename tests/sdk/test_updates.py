@@ -6,10 +6,11 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from device_sdk import runtime
 from device_sdk.errors import InputError, NoModelError, StorageError, TransferError, UntrustedError
 from device_sdk.protocol.assignment import Probation, Window
 from device_sdk.protocol.manifest import Manifest, Requirements, digest
-from tests.sdk.world import X, World, answer, failing_on_data, judge, manifest_of, nan_emitting, prove, scaling
+from tests.sdk.world import World, X, answer, failing_on_data, judge, manifest_of, nan_emitting, prove, scaling
 
 LIFECYCLE = ["downloading", "verifying", "testing", "activating", "probation"]
 
@@ -278,19 +279,40 @@ def test_release_that_requires_a_newer_sdk_fails_with_that_reason(world):
 
 
 def test_test_that_took_the_process_down_twice_is_not_begun_a_third_time(world, monkeypatch):
-    manifest = install(world, "detector/1.0.0/default", scaling(1))
+    world.committed("detector/1.0.0/default", scaling(2)).stop()
+    manifest = install(world, "detector/1.1.0/default", scaling(5))
+    load = runtime.load
+
+    def dies(manifest, **options):
+        if manifest.path.version == "1.1.0":
+            raise KeyboardInterrupt
+        return load(manifest, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(runtime, "load", dies)
+        for _ in range(2):
+            crash(world.open, _update_and_die)
+    with world.open() as fleet:
+        fleet.update_once()
+        assert answer(fleet) == 2.0
+        assert fleet._store.is_bad(digest(manifest.to_bytes()))
+    assert [(e.kind, e.reason) for e in world.server.events][-1] == ("failed", "crashed_in_test")
+
+
+def test_first_release_that_takes_the_process_down_ends_as_a_crash_loop(world, monkeypatch):
+    install(world, "detector/1.0.0/default", scaling(1))
 
     def dies(*_, **__):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("device_sdk.runtime.load", dies)
-        for _ in range(2):
-            crash(world.open, _update_and_die)
+        patch.setattr(runtime, "load", dies)
+        crash(world.open, _update_and_die)
+        crash(world.open, _open_model_and_die)
     with world.open() as fleet:
+        assert fleet.model("detector").release is None
         fleet.update_once()
-        assert fleet._store.is_bad(digest(manifest.to_bytes()))
-    assert [(e.kind, e.reason) for e in world.server.events][-1] == ("failed", "crashed_in_test")
+    assert world.server.kinds()[-1] == "rolled_back"
 
 
 def test_release_already_running_is_reported_to_a_new_rollout(world):
@@ -369,7 +391,7 @@ def test_calls_under_way_when_a_release_is_retired_finish_on_it(world):
 
         loaded.call = slow
         results = []
-        caller = threading.Thread(target=lambda: results.append(answer(fleet)))
+        caller = threading.Thread(target=lambda: results.append(answer(fleet)), daemon=True)
         caller.start()
         entered.wait(10)
         loaded.call = original
@@ -390,6 +412,11 @@ def _manifest(world):
 def _update_and_die(fleet):
     with pytest.raises(KeyboardInterrupt):
         fleet.update_once()
+
+
+def _open_model_and_die(fleet):
+    with pytest.raises(KeyboardInterrupt):
+        fleet.model("detector")
 
 
 def crash(start, act):

@@ -9,6 +9,7 @@ from pathlib import Path
 from uuid import uuid4
 
 import numpy as np
+import pytest
 
 from device_sdk.protocol.batches import INDEX, BatchHead, BatchIndex, SampleEntry
 from device_sdk.protocol.names import ReleasePath
@@ -30,7 +31,20 @@ class World:
     other: Device
 
 
-def make_world() -> World:
+@pytest.fixture
+def local_objects(settings, tmp_path) -> Path:
+    """The embedded object store and upload folder, in a folder of their own."""
+    folder = tmp_path / "feedback"
+    options = {"location": str(folder / "objects"), "allow_overwrite": True}
+    local = {"BACKEND": "django.core.files.storage.FileSystemStorage", "OPTIONS": options}
+    settings.STORAGES = {**settings.STORAGES, "objects": local}
+    settings.INCOMING = folder / "incoming"
+    settings.INCOMING.mkdir(parents=True)
+    return folder
+
+
+@pytest.fixture
+def feedback_world(db, local_objects) -> World:
     models = {name: Model.objects.create(name=name) for name in ("digits", "wine")}
     for model, versions in {"digits": ("1.0.0", "1.1.0", "2"), "wine": ("1.0.0",)}.items():
         for version in versions:

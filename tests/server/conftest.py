@@ -1,3 +1,16 @@
 """Fixtures of this folder."""
 
+import pytest
+
+from fleet.devices import seen
+from fleet.rollouts import snapshots
 from tests.registry import own_folder, registry  # noqa: F401
+from tests.server.batch_world import feedback_world, local_objects  # noqa: F401
+
+
+@pytest.fixture(autouse=True)
+def nothing_kept_in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No thread writes marks into a test's database, and no test sees another's marks or policy."""
+    monkeypatch.setattr(seen, "_buffer", seen.SeenBuffer())
+    monkeypatch.setattr(seen.Flusher, "ensure", lambda self: None)
+    monkeypatch.setattr(snapshots, "_kept", None)

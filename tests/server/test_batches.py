@@ -13,28 +13,14 @@ from fleet.devices.models import Device
 from fleet.feedback import services, tasks
 from fleet.feedback.models import Batch, Campaign
 from fleet.releases import storage
-from tests.server.batch_world import NOON, URL, World, bearer, files_under, head, make_world, pack, sample
+from tests.server.batch_world import NOON, URL, World, bearer, files_under, head, pack, sample
 
-pytestmark = pytest.mark.django_db
 ID = "0" * 31 + "1"
 
 
-@pytest.fixture(autouse=True)
-def local(settings, tmp_path):
-    settings.STORAGES = {
-        **settings.STORAGES,
-        "objects": {
-            "BACKEND": "django.core.files.storage.FileSystemStorage",
-            "OPTIONS": {"location": str(tmp_path / "objects"), "allow_overwrite": True},
-        },
-    }
-    settings.INCOMING = tmp_path / "incoming"
-    return tmp_path
-
-
 @pytest.fixture
-def world() -> World:
-    return make_world()
+def world(feedback_world: World) -> World:
+    return feedback_world
 
 
 @pytest.fixture
@@ -61,7 +47,7 @@ def refusal(answer) -> tuple[int, str]:
     return answer.status_code, answer.json()["code"]
 
 
-def test_a_batch_is_announced_uploaded_and_received(world, data, local):
+def test_a_batch_is_announced_uploaded_and_received(world, data, local_objects):
     first = announce(world.device, head(data, batch_id=ID))
     assert first.status_code == 201
     assert first.json() == {
@@ -75,7 +61,7 @@ def test_a_batch_is_announced_uploaded_and_received(world, data, local):
     assert (batch.state, batch.samples, batch.device, batch.model) == ("received", 1, world.device, world.digits)
     with storage.open_object(storage.batch_name(hashlib.sha256(data).hexdigest())) as file:
         assert file.read() == data
-    assert files_under(local / "incoming") == []
+    assert files_under(local_objects / "incoming") == []
 
 
 def test_received_wakes_the_ingest_task_once_it_is_committed(
@@ -99,7 +85,7 @@ def test_a_broker_that_is_away_does_not_keep_a_batch_from_being_received(
     monkeypatch.setattr(tasks.ingest, "delay", away)
     announce(world.device, head(data, batch_id=ID))
     put(world.device, data)
-    with django_capture_on_commit_callbacks() as callbacks:
+    with django_capture_on_commit_callbacks(execute=True) as callbacks:
         answer = complete(world.device)
     assert answer.json() == {"state": "received"}
     assert len(callbacks) == 1
@@ -142,21 +128,21 @@ def test_a_rejected_batch_counts_as_received_for_the_device_so_that_it_is_not_se
     assert announce(world.device, head(data, batch_id=ID)).json() == {"state": "received"}
 
 
-def test_a_wrong_hash_is_refused_and_leaves_nothing_behind(world, data, local):
+def test_a_wrong_hash_is_refused_and_leaves_nothing_behind(world, data, local_objects):
     announce(world.device, head(data, batch_id=ID))
     wrong = bytes([data[0] ^ 1]) + data[1:]
     assert refusal(put(world.device, wrong)) == (422, "hash_mismatch")
     assert refusal(complete(world.device)) == (409, "not_uploaded")
-    assert files_under(local) == []
+    assert files_under(local_objects) == []
     assert Batch.objects.get().state == "announced"
     put(world.device, data)  # and the right bytes are still welcome
     assert complete(world.device).json() == {"state": "received"}
 
 
-def test_half_an_upload_is_refused_and_the_whole_one_is_welcome(world, data, local):
+def test_half_an_upload_is_refused_and_the_whole_one_is_welcome(world, data, local_objects):
     announce(world.device, head(data, batch_id=ID))
     assert refusal(put(world.device, data[: len(data) // 2])) == (422, "hash_mismatch")
-    assert files_under(local) == []
+    assert files_under(local_objects) == []
     put(world.device, data)
     assert complete(world.device).json() == {"state": "received"}
 
@@ -166,7 +152,7 @@ def test_more_than_was_announced_is_refused_before_it_is_read(world, data):
     assert refusal(put(world.device, data + b"!")) == (413, "too_large")
 
 
-def test_a_body_that_is_longer_than_it_says_is_cut_off(world, data, local):
+def test_a_body_that_is_longer_than_it_says_is_cut_off(world, data, local_objects):
     batch, _ = services.announce(device=world.device, head=head(data, batch_id=ID))
 
     class Endless(io.RawIOBase):
@@ -180,7 +166,7 @@ def test_a_body_that_is_longer_than_it_says_is_cut_off(world, data, local):
     with pytest.raises(services.TooLarge):
         services.receive_content(batch=batch, content=source)
     assert source.read_so_far <= services.CHUNK
-    assert files_under(local) == []
+    assert files_under(local_objects) == []
 
 
 def test_complete_before_the_upload_says_so(world, data):
@@ -271,6 +257,18 @@ def test_no_credential_no_batch(world, data):
     for method, address in (("post", URL), ("put", f"{URL}/{ID}/content"), ("post", f"{URL}/{ID}/complete")):
         answer = getattr(Client(), method)(address, data, content_type="application/octet-stream")
         assert refusal(answer) == (401, "unauthorized")
+
+
+@pytest.mark.parametrize("batch_id", ["%00" * 32, "%ff", "a" * 31, "A" * 32], ids=str)
+def test_an_address_that_holds_no_batch_id_is_not_found(world, batch_id):
+    assert refusal(complete(world.device, batch_id)) == (404, "unknown_batch")
+    assert refusal(put(world.device, b"x", batch_id)) == (404, "unknown_batch")
+
+
+@pytest.mark.parametrize("text", ["a\0b", "\ud800"], ids=ascii)
+def test_text_that_no_database_can_keep_is_refused(world, data, text):
+    answer = announce(world.device, head(data, batch_id=ID).to_json() | {"campaign": text})
+    assert refusal(answer)[0] == 400
 
 
 def test_other_methods_are_refused(world):

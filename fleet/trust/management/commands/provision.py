@@ -3,21 +3,18 @@
 It lives in this room because it pins the root; devices know nothing of trust.
 """
 
-import json
 import os
-import time
 from argparse import ArgumentParser
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 from django.conf import settings
 from django.core.management.base import BaseCommand, CommandError
 
 from fleet.devices import services
 from fleet.errors import FleetError, Invalid
-from fleet.trust import selectors
+from fleet.trust import provisioning, selectors
 
 
 class Command(BaseCommand):
@@ -42,7 +39,7 @@ class Command(BaseCommand):
         self.stdout.write(f"{options['out']}: good for {options['uses']} devices and {options['days']:g} days; secret")
 
     def _content(self, options: dict[str, Any]) -> bytes:
-        root = selectors.root_text()  # before the token: without trust there is nothing to hand out
+        selectors.root_text()  # before the token: without trust there is nothing to hand out
         models = list(dict.fromkeys(options["model"]))
         unknown = [model for model in models if not selectors.is_delegated(model)]
         if unknown:
@@ -55,24 +52,7 @@ class Command(BaseCommand):
             labels=_labels(options["label"]),
             needs_approval=options["approval"],
         )
-        provision = {
-            "server": options["server"].rstrip("/"),
-            "root": root,
-            "token": secret,
-            "models": models,
-            "blob_hosts": blob_hosts(),
-            "clock_floor": int(time.time()),
-        }
-        return json.dumps(provision, indent=1).encode()
-
-
-def blob_hosts() -> list[str]:
-    """Where presigned addresses point, besides the server itself: the S3 endpoint, or AWS's own names."""
-    if not settings.S3_BUCKET:
-        return []
-    options = settings.STORAGES["objects"]["OPTIONS"]
-    host = urlsplit(options["endpoint_url"] or f"https://s3.{options['region_name']}.amazonaws.com").netloc
-    return [host, f"{settings.S3_BUCKET}.{host}"] if options["addressing_style"] == "virtual" else [host]
+        return provisioning.provision(secret=secret, models=models, server=options["server"])
 
 
 def write_private(path: Path, content: bytes) -> None:

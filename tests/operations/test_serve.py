@@ -1,0 +1,235 @@
+"""The real server as processes, on both backends."""
+
+import json
+import os
+import secrets
+import signal
+import socket
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+
+import psutil
+import pytest
+import requests
+from prometheus_client.parser import text_string_to_metric_families
+
+from tests.live import BACKENDS, environment, manage, prepare, probe
+from tests.services import free_port, running, temporary_folder
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+pytestmark = pytest.mark.e2e
+CLIENTS = 30
+
+
+def test_a_live_server_is_ready_in_all_its_parts(live):
+    assert probe(f"{live.url}/readyz") == {"status": "ok", "database": "ok", "objects": "ok", "broker": "ok"}
+
+
+def test_both_backends_are_what_they_say(live):
+    engine, objects, broker = live.manage(
+        "shell",
+        "-v0",
+        "-c",
+        "from django.conf import settings as s; from fleet.releases.storage import is_local;"
+        "print(s.DATABASES['default']['ENGINE'].split('.')[-1], is_local(), s.CELERY_BROKER_URL.split(':')[0])",
+    ).split()
+    expected = {"embedded": ("sqlite3", "True", "fleet-files"), "production": ("postgresql", "False", "redis")}
+
+    assert live.backend in BACKENDS
+    assert (engine, objects, broker) == expected[live.backend]
+
+
+def test_the_admin_lets_the_superuser_in(live):
+    with requests.Session() as browser:
+        page = browser.get(f"{live.url}/admin/login/", timeout=20)
+        form = {"username": live.user, "password": live.password, "csrfmiddlewaretoken": browser.cookies["csrftoken"]}
+        answer = browser.post(f"{live.url}/admin/login/?next=/admin/", data=form, timeout=20)
+
+        assert page.status_code == 200
+        assert (answer.status_code, answer.url) == (200, f"{live.url}/admin/")
+        style = browser.get(f"{live.url}/static/admin/css/base.css", timeout=20)
+        assert style.status_code == 200
+
+
+def test_objects_are_stored_and_read_back(live):
+    name = f"blobs/{secrets.token_hex(8)}"
+    script = (
+        "import io; from fleet.releases import storage as s;"
+        f"s.put({name!r}, io.BytesIO(b'abc')); print(s.exists({name!r}), s.size({name!r}));"
+        f"s.delete({name!r}); print(s.exists({name!r}))"
+    )
+    assert live.manage("shell", "-v0", "-c", script).split() == ["True", "3", "False"]
+
+
+def test_a_presigned_url_reads_and_writes_one_object(production):
+    name = f"blobs/{secrets.token_hex(8)}"
+    script = (
+        f"from fleet.releases import storage as s; print(s.presigned_put({name!r})); print(s.presigned_get({name!r}))"
+    )
+    put, get = production.manage("shell", "-v0", "-c", script).split()
+
+    assert requests.put(put, data=b"0123456789", timeout=20).status_code == 200
+    assert requests.get(get, headers={"Range": "bytes=2-4"}, timeout=20).content == b"234"
+    assert requests.get(get.partition("?")[0], timeout=20).status_code == 403
+
+
+def test_production_logs_json_lines_and_the_embedded_default_plain_ones(embedded, production):
+    for server in (embedded, production):
+        requests.get(f"{server.url}/tuf/cam-7/{'k' * 32}/x", headers={"X-Test": "1"}, timeout=20)
+    plain = until_logged(embedded, "/tuf/cam-7/")
+    line = next(line for line in until_logged(production, "/tuf/cam-7/").splitlines() if "/tuf/cam-7/" in line)
+
+    assert "web    | " in plain
+    assert json.loads(line)["request"] == "GET /tuf/cam-7/[redacted]/x"
+    assert "k" * 32 not in plain + production.logged()
+
+
+def until_logged(server, text: str) -> str:
+    deadline = time.monotonic() + 20
+    while text not in server.logged():
+        assert time.monotonic() < deadline, server.logged()[-3000:]
+        time.sleep(0.05)
+    return server.logged()
+
+
+def test_metrics_gather_all_processes(production):
+    """Two web processes: whichever answers, it gives the sum of both."""
+    path = f"{production.url}/admin/login/"
+    before = logins_served(production)
+    for _ in range(20):  # each on a connection of its own, so that both have some
+        assert requests.get(path, timeout=20).status_code == 200
+
+    assert {logins_served(production) for _ in range(10)} == {before + 20}
+
+
+def logins_served(server) -> float:
+    headers = {"Authorization": f"Bearer {server.env['FLEET_METRICS_TOKEN']}"}
+    page = requests.get(f"{server.url}/metrics", headers=headers, timeout=20).text
+    wanted = {"view": "admin:login", "method": "GET"}
+    return sum(
+        sample.value
+        for family in text_string_to_metric_families(page)
+        for sample in family.samples
+        if sample.name == "django_http_requests_total_by_view_transport_method_total"
+        and wanted.items() <= sample.labels.items()
+    )
+
+
+def test_serve_names_a_port_that_is_taken(tmp_path):
+    env = environment(tmp_path / "var", "http://127.0.0.1:1")
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        with pytest.raises(RuntimeError, match=r"cannot listen on 127\.0\.0\.1:.*try another --port"):
+            manage(env, "serve", "--no-migrate", "--port", str(other.getsockname()[1]))
+
+
+@pytest.fixture
+def own_server():
+    """An embedded server of the test's own, that it may kill."""
+    with embedded_server() as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def sturdy_server():
+    """One that a few tests may harm, because it must recover."""
+    with embedded_server() as server:
+        yield server
+
+
+@contextmanager
+def embedded_server():
+    port = free_port()
+    url = f"http://127.0.0.1:{port}"
+    command = [sys.executable, "manage.py", "serve", "--port", str(port), "--workers", "2", "--no-migrate"]
+    with temporary_folder("own") as folder:
+        env = environment(folder / "var", url)
+        prepare(env, folder / "var" / "keystore")
+        with running(command, folder / "log", ready=lambda: probe(f"{url}/readyz"), cwd=ROOT, env=env) as process:
+            yield process, url, env
+
+
+def test_a_web_server_that_dies_is_back_soon(sturdy_server):
+    process, url, _ = sturdy_server
+    web = next(child for child in psutil.Process(process.pid).children() if "granian" in child.cmdline())
+    family = [web, *web.children(recursive=True)]
+    web.kill()
+
+    psutil.wait_procs(family, timeout=20)
+    deadline = time.monotonic() + 30
+    while not answers(f"{url}/healthz"):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    assert not any(member.is_running() for member in family)
+
+
+def answers(url: str) -> bool:
+    try:
+        return bool(probe(url))
+    except OSError:
+        return False
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
+def test_nothing_outlives_the_server(own_server, number):
+    process, _, _ = own_server
+    family = whole_family(process.pid)
+    os.kill(process.pid, number)
+    process.wait(40)
+
+    _, left = psutil.wait_procs(family, timeout=40)
+    assert left == []
+
+
+def whole_family(pid: int) -> list[psutil.Process]:
+    """Granian and its two, Celery with its clock and its two."""
+    deadline = time.monotonic() + 30
+    while len(family := psutil.Process(pid).children(recursive=True)) < 7:
+        assert time.monotonic() < deadline, family
+        time.sleep(0.05)
+    return family
+
+
+WRITER = f"""
+import django; django.setup()
+from concurrent.futures import ThreadPoolExecutor
+from django.db import connection, transaction
+from fleet.devices.models import EnrolmentToken, RunningSet
+
+def work(number):
+    for step in range(10):
+        with transaction.atomic():  # read, then write: without IMMEDIATE this is what fails as "locked"
+            token = EnrolmentToken.objects.get(digest="contended")
+            EnrolmentToken.objects.filter(pk=token.pk).update(uses=token.uses + 1)
+    connection.close()
+
+with ThreadPoolExecutor({CLIENTS // 3}) as pool:
+    list(pool.map(work, range({CLIENTS // 3})))
+"""
+
+
+def test_sqlite_takes_writers_of_several_processes_while_clients_ask_and_none_finds_it_locked(sturdy_server):
+    _, url, env = sturdy_server
+    env = env | {"DJANGO_SETTINGS_MODULE": "fleet.settings"}
+    create = (
+        "from datetime import timedelta; from django.utils import timezone; from fleet.devices.models import *;"
+        "EnrolmentToken.objects.create(digest='contended', max_uses=9999, expires_at=timezone.now() + timedelta(1))"
+    )
+    manage(env, "shell", "-v0", "-c", create)
+    writers = [
+        subprocess.Popen([sys.executable, "-c", WRITER], cwd=ROOT, env=env, stderr=subprocess.PIPE, text=True)
+        for _ in range(3)
+    ]
+    with ThreadPoolExecutor(CLIENTS) as pool:
+        statuses = set(pool.map(lambda _: requests.get(f"{url}/readyz", timeout=60).status_code, range(CLIENTS * 10)))
+    told = [writer.communicate(timeout=120)[1] for writer in writers]
+
+    assert [writer.returncode for writer in writers] == [0, 0, 0], told
+    assert statuses == {200}
+    count = "from fleet.devices.models import *; print(EnrolmentToken.objects.get(digest='contended').uses)"
+    assert manage(env, "shell", "-v0", "-c", count).strip() == str(CLIENTS * 10)
