@@ -62,12 +62,15 @@ def _span(seconds: int) -> str:
     return f"{seconds} s"
 
 
+SHOWN_FIRST = (Outcome.State.FAILED, Outcome.State.UPDATING, Outcome.State.WITHDRAWN, Outcome.State.COMMITTED)
+
+
 def outcomes(rollout: Rollout) -> dict[str, Any]:
     """Devices of a rollout, failures first; `reasons` sums up why."""
     failed = rollout.outcomes.filter(state=Outcome.State.FAILED)
     reasons = Counter(reason.split(":")[0] or "no reason given" for reason in failed.values_list("reason", flat=True))
     rows = rollout.outcomes.select_related("device").order_by("-state", "-changed_at")
-    order = {Outcome.State.FAILED: 0, Outcome.State.UPDATING: 1, Outcome.State.COMMITTED: 2}
+    order = {state: place for place, state in enumerate(SHOWN_FIRST)}
     shown = [*failed.select_related("device")[:OUTCOMES], *rows.exclude(state=Outcome.State.FAILED)[:OUTCOMES]]
     shown = sorted(shown[:OUTCOMES], key=lambda row: order[Outcome.State(row.state)])
     cells = [

@@ -14,7 +14,7 @@ from typing import TypeVar
 from django.conf import settings
 from django.core.cache import cache
 from django.db.models import Count, Max, Min, Q, QuerySet, Sum
-from django.db.models.functions import TruncDay, TruncHour, TruncMinute
+from django.db.models.functions import TruncDay, TruncHour, TruncMinute, TruncSecond
 
 from fleet.devices import selectors as devices
 from fleet.devices.models import Device, EnrolmentToken, RunningSet, SpreadSample
@@ -122,6 +122,7 @@ class RolloutCard:
     updating: int
     committed: int
     failed: int
+    withdrawn: int
 
     @property
     def current(self) -> int:
@@ -298,13 +299,20 @@ def _samples(model: str, now: datetime, window: timedelta) -> list[tuple[datetim
     return list(rows.filter(at__in=last).order_by("at").values_list("at", "version", "devices"))
 
 
-def _truncation(span: timedelta) -> type[TruncMinute] | type[TruncHour] | type[TruncDay]:
+def _truncation(span: timedelta) -> type[TruncSecond] | type[TruncMinute] | type[TruncHour] | type[TruncDay]:
+    if span <= timedelta(minutes=10):
+        return TruncSecond
     if span <= timedelta(hours=3):
         return TruncMinute
     return TruncHour if span <= timedelta(days=8) else TruncDay
 
 
-_STEPS = {TruncMinute: timedelta(minutes=1), TruncHour: timedelta(hours=1), TruncDay: timedelta(days=1)}
+_STEPS = {
+    TruncSecond: timedelta(seconds=5),
+    TruncMinute: timedelta(minutes=1),
+    TruncHour: timedelta(hours=1),
+    TruncDay: timedelta(days=1),
+}
 
 
 def _history(
@@ -424,6 +432,7 @@ def _card(rollout: Rollout, progress: rollouts.Progress) -> RolloutCard:
         updating=progress.updating,
         committed=progress.committed,
         failed=progress.failed,
+        withdrawn=progress.withdrawn,
     )
 
 

@@ -15,7 +15,8 @@ from fleet.releases.models import Release, Variant
 from fleet.rollouts import policy, snapshots
 from fleet.rollouts.models import Outcome, Rollout
 
-FAILED, COMMITTED, UPDATING = Outcome.State.FAILED, Outcome.State.COMMITTED, Outcome.State.UPDATING
+FAILED, COMMITTED = Outcome.State.FAILED, Outcome.State.COMMITTED
+UPDATING, WITHDRAWN = Outcome.State.UPDATING, Outcome.State.WITHDRAWN
 
 
 # --- one device --------------------------------------------------------------------------------------------------
@@ -91,11 +92,12 @@ class Progress:
     updating: int
     committed: int
     failed: int
+    withdrawn: int = 0  # recalled before they had committed
 
     @property
     def waiting(self) -> int:
         """Admitted, and not heard of yet."""
-        return self.admitted - self.updating - self.committed - self.failed
+        return self.admitted - self.updating - self.committed - self.failed - self.withdrawn
 
     @property
     def percent(self) -> float:
@@ -117,6 +119,7 @@ def _progress(rollout: Rollout, total: int, assigned: set[int]) -> Progress:
         updating=counts[UPDATING],
         committed=counts[COMMITTED],
         failed=counts[FAILED],
+        withdrawn=counts[WITHDRAWN],
     )
 
 
@@ -128,15 +131,19 @@ def outcome_counts(rollout: Rollout) -> dict[str, int]:
 def tally(rollout: Rollout, *, counted: bool) -> policy.Tally:
     """What is known of the stage in force. `counted` adds the admitted devices, which takes a look at the group.
 
-    Of those that have not decided yet, only devices that were seen since the stage began could know of it.
+    Who has not decided yet is waited for, unless it never said a word and is offline since before the stage began:
+    it cannot know. Who went silent later is waited for: the release may be why.
     """
     counts = outcome_counts(rollout)
     committed, failed = counts[COMMITTED], max(counts[FAILED] - rollout.forgiven, 0)
     if not counted:
         return policy.Tally(committed=committed, failed=failed)
-    decided = set(Outcome.objects.filter(rollout=rollout).exclude(state=UPDATING).values_list("device_id", flat=True))
-    since = rollout.stage_since
-    undecided = sum(device.pk not in decided and _seen_since(device, since) for device in assigned_devices(rollout))
+    said = dict(Outcome.objects.filter(rollout=rollout).values_list("device_id", "state"))
+    horizon = min(rollout.stage_since or offline_before(), offline_before())
+    undecided = sum(
+        said.get(device.pk, UPDATING) not in {COMMITTED, FAILED} and (device.pk in said or _seen_since(device, horizon))
+        for device in assigned_devices(rollout)
+    )
     return policy.Tally(committed=committed, failed=failed, admitted=committed + failed + undecided)
 
 
@@ -158,8 +165,8 @@ def _all_facts(devices: Sequence[Device]) -> Iterator[tuple[Device, policy.Devic
         yield device, _facts(device, failed=frozenset(failed[device.pk]), pinned=pinned)
 
 
-def _seen_since(device: Device, since: datetime | None) -> bool:
-    return since is not None and device.last_seen is not None and device.last_seen >= since
+def _seen_since(device: Device, moment: datetime) -> bool:
+    return device.last_seen is not None and device.last_seen >= moment
 
 
 # --- who lags, and why -------------------------------------------------------------------------------------------

@@ -83,7 +83,7 @@ def test_a_release_that_does_not_load_is_named_invalid_and_cannot_go_out(shop):
 
     assert refused.returncode == 5
     assert "invalid" in refused.stdout + refused.stderr
-    with pytest.raises(RuntimeError, match="(?i)not valid|invalid"):
+    with pytest.raises(RuntimeError, match=r"(?i)not valid|invalid"):
         shop.roll_out("6.6.6")
 
 

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 
 import psutil
@@ -17,7 +18,7 @@ import requests
 from prometheus_client.parser import text_string_to_metric_families
 
 from tests.live import BACKENDS, environment, manage, prepare, probe
-from tests.services import free_port, running
+from tests.services import free_port, running, temporary_folder
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 pytestmark = pytest.mark.e2e
@@ -128,19 +129,33 @@ def test_serve_names_a_port_that_is_taken(tmp_path):
 
 
 @pytest.fixture
-def own_server(tmp_path):
-    """An embedded server of the test's own, that it may harm: (process, url)."""
+def own_server():
+    """An embedded server of the test's own, that it may kill."""
+    with embedded_server() as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def sturdy_server():
+    """One that a few tests may harm, because it must recover."""
+    with embedded_server() as server:
+        yield server
+
+
+@contextmanager
+def embedded_server():
     port = free_port()
     url = f"http://127.0.0.1:{port}"
-    env = environment(tmp_path / "var", url) | {"DJANGO_SUPERUSER_PASSWORD": secrets.token_hex(8)}
-    prepare(env)
     command = [sys.executable, "manage.py", "serve", "--port", str(port), "--workers", "2", "--no-migrate"]
-    with running(command, tmp_path / "log", ready=lambda: probe(f"{url}/readyz"), cwd=ROOT, env=env) as process:
-        yield process, url, env
+    with temporary_folder("own") as folder:
+        env = environment(folder / "var", url)
+        prepare(env, folder / "var" / "keystore")
+        with running(command, folder / "log", ready=lambda: probe(f"{url}/readyz"), cwd=ROOT, env=env) as process:
+            yield process, url, env
 
 
-def test_a_web_server_that_dies_is_back_soon(own_server):
-    process, url, _ = own_server
+def test_a_web_server_that_dies_is_back_soon(sturdy_server):
+    process, url, _ = sturdy_server
     web = next(child for child in psutil.Process(process.pid).children() if "granian" in child.cmdline())
     family = [web, *web.children(recursive=True)]
     web.kill()
@@ -198,8 +213,8 @@ with ThreadPoolExecutor({CLIENTS // 3}) as pool:
 """
 
 
-def test_sqlite_takes_writers_of_several_processes_while_clients_ask_and_none_finds_it_locked(own_server):
-    _, url, env = own_server
+def test_sqlite_takes_writers_of_several_processes_while_clients_ask_and_none_finds_it_locked(sturdy_server):
+    _, url, env = sturdy_server
     env = env | {"DJANGO_SETTINGS_MODULE": "fleet.settings"}
     create = (
         "from datetime import timedelta; from django.utils import timezone; from fleet.devices.models import *;"
