@@ -4,7 +4,7 @@ import json
 from typing import ClassVar
 
 from django.contrib import admin
-from django.db.models import F, OuterRef, QuerySet, Subquery
+from django.db.models import OuterRef, QuerySet, Subquery
 from django.http import HttpRequest
 from django.utils import timezone
 from django.utils.html import format_html
@@ -28,7 +28,7 @@ class RoleMetadataAdmin(ReadOnlyAdmin):
     def get_queryset(self, request: HttpRequest) -> QuerySet[RoleMetadata]:
         newest = RoleMetadata.objects.filter(role=OuterRef("role")).order_by("-version").values("version")[:1]
         rows: QuerySet[RoleMetadata] = super().get_queryset(request)
-        return rows.annotate(newest=Subquery(newest)).annotate(is_newest=F("newest"))
+        return rows.annotate(newest=Subquery(newest))
 
     @display(description="Standing", label={"in force": "success", "expires soon": "warning", "expired": "danger"})
     def standing(self, role: RoleMetadata) -> str:
