@@ -159,7 +159,7 @@ OUTCOMES = {
     wire.WITHDRAWN: Outcome.State.WITHDRAWN,
 }
 # It never falls; whoever was recalled may begin again.
-RANK = {
+RANK: dict[str, int] = {
     Outcome.State.UPDATING: 0,
     Outcome.State.WITHDRAWN: 0,
     Outcome.State.COMMITTED: 1,

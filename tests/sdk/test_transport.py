@@ -150,6 +150,7 @@ def test_a_failure_carries_status_and_the_servers_code(server, transport, status
         (format_datetime(datetime.now(UTC) + timedelta(hours=1), usegmt=True), 3_500, 3_600),
         (format_datetime(datetime.now(UTC) - timedelta(hours=1), usegmt=True), 0, 0),
     ],
+    ids=["seconds", "zero", "far too long", "a date to come", "a date gone by"],
 )
 def test_retry_after_is_read_in_both_forms_and_bounded(server, transport, header, low, high):
     server.on("/x", Reply(429, b"", {"Retry-After": header}))
