@@ -50,7 +50,9 @@ def _stage_times(stage: Stage) -> str:
         return "-"
     if stage.passed_at is None:
         return presentation.ago(stage.entered_at)
-    return format_html("{}, passed {}", presentation.ago(stage.entered_at), presentation.ago(stage.passed_at))
+    return format_html(
+        "<span>{}, passed {}</span>", presentation.ago(stage.entered_at), presentation.ago(stage.passed_at)
+    )
 
 
 def _span(seconds: int) -> str:

@@ -112,7 +112,7 @@ def _chart(history: History) -> dict[str, Any]:
                 "borderColor": f"var(--series-{line.series})",
                 "backgroundColor": f"var(--fill-{line.series})",
                 "fill": "-1" if place else "origin",  # each band stands on the one below it
-                "stepped": True,
+                "stepped": "middle",
                 "borderWidth": 1.5,
                 "pointStyle": False,
             }

@@ -39,6 +39,7 @@ def shots(world: World) -> list[tuple[str, str, dict[str, int | bool]]]:
     ]
 
 
+@pytest.mark.django_db(transaction=True, reset_sequences=True)
 def test_every_page_can_be_pictured(visit: Callable[..., Page], fleet: World, folder: Path) -> None:
     for name, path, look in shots(fleet):
         page = visit("olga", path, **look)
