@@ -145,7 +145,6 @@ class Transport:
 
     def _follow(self, url: str, exchange: "_Exchange") -> requests.Response:
         for _ in range(MAX_REDIRECTS + 1):
-            self._check_host(url)
             response = self._send(url, exchange)
             location = response.headers.get("Location")
             if response.status_code not in _REDIRECTS or location is None:

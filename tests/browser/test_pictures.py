@@ -11,6 +11,7 @@ from tests.browser.conftest import PHONE
 from tests.browser.world import World
 
 pytestmark = pytest.mark.browser
+TALLEST = 2400
 SCREENSHOTS = Path(__file__).resolve().parents[2] / "deploy" / "screenshots"
 
 
@@ -49,7 +50,7 @@ def test_every_page_can_be_pictured(visit: Callable[..., Page], fleet: World, fo
 
 
 def _stretch(page: Page) -> None:
-    """Make the window as tall as the page: bars that stick to the window's edge then stand at the page's."""
+    """Make the window as tall as the page, within reason: bars that stick to its edge then stand at the page's."""
     size = page.viewport_size or {"width": 1440, "height": 900}
     height = page.evaluate("document.documentElement.scrollHeight")
-    page.set_viewport_size({"width": size["width"], "height": max(size["height"], height)})
+    page.set_viewport_size({"width": size["width"], "height": max(size["height"], min(height, TALLEST))})

@@ -391,7 +391,7 @@ def test_calls_under_way_when_a_release_is_retired_finish_on_it(world):
 
         loaded.call = slow
         results = []
-        caller = threading.Thread(target=lambda: results.append(answer(fleet)))
+        caller = threading.Thread(target=lambda: results.append(answer(fleet)), daemon=True)
         caller.start()
         entered.wait(10)
         loaded.call = original
