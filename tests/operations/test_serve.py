@@ -68,13 +68,14 @@ def test_objects_are_stored_and_read_back(live):
 def test_a_presigned_url_reads_and_writes_one_object(production):
     name = f"blobs/{secrets.token_hex(8)}"
     script = (
-        f"from fleet.releases import storage as s; print(s.presigned_put({name!r})); print(s.presigned_get({name!r}))"
+        f"from fleet.releases import storage as s; print(s.presigned_put({name!r}, length=10));"
+        f"print(s.presigned_get({name!r}))"
     )
     put, get = production.manage("shell", "-v0", "-c", script).split()
 
     assert requests.put(put, data=b"0123456789", timeout=20).status_code == 200
     assert requests.get(get, headers={"Range": "bytes=2-4"}, timeout=20).content == b"234"
-    assert requests.get(get.partition("?")[0], timeout=20).status_code == 403
+    assert requests.get(get.partition("?")[0], timeout=20).status_code in {400, 403}
 
 
 def test_production_logs_json_lines_and_the_embedded_default_plain_ones(embedded, production):
@@ -175,14 +176,13 @@ def answers(url: str) -> bool:
         return False
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
-def test_nothing_outlives_the_server(own_server, number):
+def test_nothing_outlives_a_server_that_is_killed(own_server):
     process, _, _ = own_server
     family = whole_family(process.pid)
-    os.kill(process.pid, number)
+    os.kill(process.pid, signal.SIGKILL)
     process.wait(40)
 
-    _, left = psutil.wait_procs(family, timeout=40)
+    _, left = psutil.wait_procs(family, timeout=60)
     assert left == []
 
 
@@ -233,3 +233,13 @@ def test_sqlite_takes_writers_of_several_processes_while_clients_ask_and_none_fi
     assert statuses == {200}
     count = "from fleet.devices.models import *; print(EnrolmentToken.objects.get(digest='contended').uses)"
     assert manage(env, "shell", "-v0", "-c", count).strip() == str(CLIENTS * 10)
+
+
+def test_control_c_ends_all_at_once(sturdy_server):
+    """The sturdy server has served by now; it ends as a person would end it."""
+    process, _, _ = sturdy_server
+    family = whole_family(process.pid)
+    process.send_signal(signal.SIGINT)
+
+    assert process.wait(60) == 0
+    assert [member for member in family if member.is_running()] == []
