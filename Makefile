@@ -32,7 +32,7 @@ lint: $(TEST) ## Style, types, import rules, migrations, checks, API schema
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-logo
 	$(BIN)/python manage.py makemigrations --check --dry-run
-	$(BIN)/python manage.py check --fail-level WARNING
+	$(BIN)/python manage.py check
 	$(BIN)/python manage.py spectacular --validate --fail-on-warn --file /dev/null
 
 serve: $(DEMO) ## The server alone, on PORT (8000), with its data in var/

@@ -204,9 +204,7 @@ class Fleet:
 
     def _parts(self, options: Options) -> Parts:
         def bring(manifest: Manifest, on_progress: Callable[..., None]) -> None:
-            fetch(
-                self._transport, self._store, manifest, on_progress=on_progress, deadline=options.download_seconds
-            )
+            fetch(self._transport, self._store, manifest, on_progress=on_progress, deadline=options.download_seconds)
 
         return Parts(
             device=self._identity.device,

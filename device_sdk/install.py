@@ -27,6 +27,7 @@ from device_sdk.store import LoadedFiles, Store
 from device_sdk.updater import (
     MAX_STARTS,
     MAX_TESTS,
+    RESTING,
     Counts,
     Progress,
     Signal,
@@ -456,7 +457,7 @@ class Installer:
             self._journal.record(after)
 
 
-_SETTLED = frozenset({State.IDLE, State.COMMITTED, State.ROLLED_BACK, State.FAILED, State.WAITING})
+_SETTLED = RESTING | {State.WAITING}
 
 
 def _detail(counts: Counts, seconds: float) -> dict[str, float | str]:

@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from random import random
+from time import perf_counter_ns
 from typing import Any, Protocol
 
 import numpy as np
@@ -29,8 +30,8 @@ log = logging.getLogger("device_sdk")
 
 RUNTIME = str(onnxruntime.__version__)
 GIL_FREE_LOAD = "1.31"  # the first onnxruntime whose session constructor releases the GIL
-CHECK_EVERY = 16  # a committed release has the outputs of one call in so many looked at; a power of two
-RECENT = 1_024  # calls over which latency is reported
+CHECK_EVERY = 16  # a committed release has one call in so many timed, and its outputs looked at; a power of two
+RECENT = 1_024  # calls over which latency is reported, of those that were looked at
 _PROBE_SIZES = (1, 32, 224)  # tried for dimensions that the signed shape leaves open
 _PROBE_ELEMENTS = 4_000_000
 _SMALL = 4_096  # elements up to which one dot product finds NaN and infinity fastest
@@ -82,16 +83,17 @@ class Stats:
 
     def __init__(self) -> None:
         self.recent: deque[int] = deque(maxlen=RECENT)  # nanoseconds
-        self._local = threading.local()
+        self.local = threading.local()  # `cell`: the thread's own
         self._cells: list[_Cell] = []
         self._folded = _Cell()
         self._lock = threading.Lock()
 
     def cell(self) -> _Cell:
+        """The calling thread's own."""
         try:
-            return self._local.cell  # type: ignore[no-any-return]
+            return self.local.cell  # type: ignore[no-any-return]
         except AttributeError:
-            return self._register()
+            return self.register()
 
     def counts(self) -> Counts:
         with self._lock:
@@ -101,13 +103,13 @@ class Stats:
         p50, p95 = ((times[len(times) * q // 100] / 1e3) if times else 0.0 for q in (50, 95))
         return Counts(**total, p50=p50, p95=p95)
 
-    def _register(self) -> _Cell:
+    def register(self) -> _Cell:
         cell = _Cell()
         with self._lock:
             if len(self._cells) >= 64:
                 self._fold()
             self._cells.append(cell)
-        self._local.cell = cell
+        self.local.cell = cell
         return cell
 
     def _fold(self) -> None:
@@ -142,9 +144,12 @@ class Schema:
         return ""
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, slots=True, weakref_slot=True)
 class Loaded:
-    """One release in memory. `check_mask` 0: look at the outputs of every call (probation)."""
+    """One release in memory. `check_mask` 0: look at the outputs of every call (probation).
+
+    What a call needs lies here at hand: attributes looked up once instead of at each call.
+    """
 
     sha256: str
     path: ReleasePath
@@ -154,15 +159,18 @@ class Loaded:
     stats: Stats = field(default_factory=Stats)
     names: list[str] = field(init=False)
     call: Callable[..., list[Any]] = field(init=False)
-    loaded_at: float = field(default_factory=time.monotonic)
+    mine: Any = field(init=False)  # the thread-local of `stats`
 
     def __post_init__(self) -> None:
         self.names = list(self.schema.outputs)
         self.call = self.session.run
+        self.mine = self.stats.local
 
 
 class Slot:
     """Holds the release that serves, by one reference; during probation also the one to fall back to."""
+
+    __slots__ = ("_filled", "alarm", "current", "previous", "sampler")
 
     def __init__(self) -> None:
         self.current: Loaded | None = None
@@ -192,6 +200,13 @@ class Slot:
         holder = [self.previous]
         self.previous = None
         return retire(holder, timeout=timeout)
+
+    def pinned(self) -> "Slot":
+        """What serves now, whatever is published later. For the length of a call: it keeps the release in memory."""
+        pinned = Slot.__new__(Slot)
+        pinned.current, pinned.previous = self.current, self.previous
+        pinned.sampler, pinned.alarm = self.sampler, self.alarm
+        return pinned
 
     def clear(self) -> None:
         self.current = None
@@ -241,38 +256,42 @@ class Model:
 
         Raises NoModelError (nothing installed), InputError (not what the model takes), ModelError (the model failed).
         """
-        return self.run_on(inputs, outputs)[1]
-
-    def run_on(
-        self, inputs: Tensors, outputs: Sequence[str] | None = None
-    ) -> tuple[ReleasePath, dict[str, Array]]:
-        """As `run`, and say which release answered: after a swap `release` may already be another."""
-        slot = self._slot
+        slot = self._slot  # every line from here on is paid for by each inference: no lock, one read of `current`
         loaded = slot.current
         if loaded is None:
             raise NoModelError(f"no release of {self.name!r} is installed yet")
+        try:
+            cell = loaded.mine.cell
+        except AttributeError:
+            cell = loaded.stats.register()
+        calls = cell.calls + 1
+        started = 0 if calls & loaded.check_mask else perf_counter_ns()
         names = loaded.names if outputs is None else outputs
-        started = time.perf_counter_ns()
         try:
             values = loaded.call(names, inputs)
         except Exception as error:  # noqa: BLE001  onnxruntime has no base class
             failure = _failure(slot, loaded, inputs, outputs, error)
             del loaded, slot  # the traceback, which the caller may keep, must not keep the release in memory
             raise failure from error.with_traceback(None)
-        stats = loaded.stats
-        stats.recent.append(time.perf_counter_ns() - started)
-        cell = stats.cell()
-        cell.calls += 1
-        if not cell.calls & loaded.check_mask:
-            cell.checked += 1
-            if not all(map(_is_valid, values)):
-                cell.invalid += 1
-                slot.alarm()
+        cell.calls = calls
+        if started:
+            _look(slot, loaded.stats, values, perf_counter_ns() - started)
         results = {names[0]: values[0]} if len(values) == 1 else dict(zip(names, values, strict=True))
         sampler = slot.sampler
         if sampler is not None and decide(random(), sampler.rate):  # noqa: S311  no secret
             sampler.offer(loaded.path, inputs, results)
-        return loaded.path, results
+        return results
+
+    def run_on(self, inputs: Tensors, outputs: Sequence[str] | None = None) -> tuple[ReleasePath, dict[str, Array]]:
+        """As `run`, and say which release answered: after a swap `release` may already be another."""
+        pinned = self._slot.pinned()
+        if pinned.current is None:
+            raise NoModelError(f"no release of {self.name!r} is installed yet")
+        path = pinned.current.path
+        try:
+            return path, Model(self.name, pinned).run(inputs, outputs)
+        finally:
+            pinned.current = pinned.previous = None  # an error that is kept must not keep the release in memory
 
 
 def load(manifest: Manifest, *, sha256: str, entry: bytes | Path, options: RuntimeOptions) -> Loaded:
@@ -307,6 +326,16 @@ def retire(holder: list[Loaded], *, timeout: float) -> bool:
     holder.clear()
     _trim()
     return clean
+
+
+def _look(slot: Slot, stats: Stats, values: Sequence[Any], elapsed: int) -> None:
+    """Time a call and look at what it gave: each call in probation, one in so many later."""
+    stats.recent.append(elapsed)
+    cell = stats.cell()
+    cell.checked += 1
+    if not all(map(_is_valid, values)):
+        cell.invalid += 1
+        slot.alarm()
 
 
 def _failure(

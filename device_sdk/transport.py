@@ -17,7 +17,6 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from http.client import HTTPException
-from http.cookiejar import DefaultCookiePolicy
 from socket import SHUT_RDWR
 from typing import Any, BinaryIO
 from urllib.parse import urljoin, urlsplit
@@ -145,7 +144,6 @@ class Transport:
 
     def _follow(self, url: str, exchange: "_Exchange") -> requests.Response:
         for _ in range(MAX_REDIRECTS + 1):
-            self._check_host(url)
             response = self._send(url, exchange)
             location = response.headers.get("Location")
             if response.status_code not in _REDIRECTS or location is None:
@@ -184,7 +182,7 @@ class Transport:
             self._check_host(request.url or "")  # after requests has rewritten it
             found = self._session.merge_environment_settings(request.url, {}, True, None, None)
             settings: dict[str, Any] = {**found, "timeout": min(self._timeout, left)}
-            # Not Session.send: it looks at where a redirect leads, and trips over hostile ones.
+            # Not Session.send: it keeps cookies, and looks at where a redirect leads and trips over hostile ones.
             return self._session.get_adapter(request.url or "").send(request, **settings)
         except _FAULTS as error:
             raise _no_answer(url, error, ends=exchange.ends) from error
@@ -290,7 +288,6 @@ def _new_session() -> requests.Session:
     session = requests.Session()
     session.mount("http://", _Adapter())
     session.mount("https://", _Adapter())
-    session.cookies.set_policy(DefaultCookiePolicy(allowed_domains=[]))
     return session
 
 

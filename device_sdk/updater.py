@@ -30,6 +30,7 @@ class State(StrEnum):
     COMMITTED = events.COMMITTED
     ROLLED_BACK = events.ROLLED_BACK
     FAILED = events.FAILED
+    WITHDRAWN = events.WITHDRAWN
 
 
 class Signal(StrEnum):
@@ -76,22 +77,22 @@ TRANSITIONS: dict[tuple[State, Signal], State] = {
     (_S.WAITING,     _E.START):      _S.DOWNLOADING,
     (_S.WAITING,     _E.FAIL):       _S.FAILED,
     (_S.WAITING,     _E.RUNS):       _S.COMMITTED,
-    (_S.WAITING,     _E.WITHDRAW):   _S.IDLE,
+    (_S.WAITING,     _E.WITHDRAW):   _S.WITHDRAWN,
     (_S.WAITING,     _E.INTERRUPT):  _S.WAITING,
     (_S.DOWNLOADING, _E.DOWNLOADED): _S.VERIFYING,
     (_S.DOWNLOADING, _E.HOLD):       _S.WAITING,      # the network or the disk; the partial file stays
     (_S.DOWNLOADING, _E.FAIL):       _S.FAILED,
-    (_S.DOWNLOADING, _E.WITHDRAW):   _S.IDLE,
+    (_S.DOWNLOADING, _E.WITHDRAW):   _S.WITHDRAWN,
     (_S.DOWNLOADING, _E.INTERRUPT):  _S.IDLE,
     (_S.VERIFYING,   _E.VERIFIED):   _S.TESTING,
     (_S.VERIFYING,   _E.HOLD):       _S.WAITING,
     (_S.VERIFYING,   _E.FAIL):       _S.FAILED,
-    (_S.VERIFYING,   _E.WITHDRAW):   _S.IDLE,
+    (_S.VERIFYING,   _E.WITHDRAW):   _S.WITHDRAWN,
     (_S.VERIFYING,   _E.INTERRUPT):  _S.IDLE,
     (_S.TESTING,     _E.TESTED):     _S.ACTIVATING,
     (_S.TESTING,     _E.HOLD):       _S.WAITING,
     (_S.TESTING,     _E.FAIL):       _S.FAILED,
-    (_S.TESTING,     _E.WITHDRAW):   _S.IDLE,
+    (_S.TESTING,     _E.WITHDRAW):   _S.WITHDRAWN,
     (_S.TESTING,     _E.INTERRUPT):  _S.IDLE,
     (_S.ACTIVATING,  _E.ACTIVATED):  _S.PROBATION,
     (_S.ACTIVATING,  _E.HOLD):       _S.WAITING,
@@ -99,11 +100,11 @@ TRANSITIONS: dict[tuple[State, Signal], State] = {
     (_S.ACTIVATING,  _E.INTERRUPT):  _S.IDLE,
     (_S.PROBATION,   _E.HEALTHY):    _S.COMMITTED,
     (_S.PROBATION,   _E.UNHEALTHY):  _S.ROLLED_BACK,
-    (_S.PROBATION,   _E.WITHDRAW):   _S.IDLE,
+    (_S.PROBATION,   _E.WITHDRAW):   _S.WITHDRAWN,
     (_S.PROBATION,   _E.INTERRUPT):  _S.PROBATION,    # the trial goes on, and its starts are counted
 }  # fmt: skip
 
-RESTING = frozenset({State.IDLE, State.COMMITTED, State.ROLLED_BACK, State.FAILED})
+RESTING = frozenset({State.IDLE, State.COMMITTED, State.ROLLED_BACK, State.FAILED, State.WITHDRAWN})
 
 
 def step(state: State, signal: Signal) -> State:

@@ -12,7 +12,7 @@ from typing import Any
 from celery.schedules import crontab
 from environs import Env
 
-from fleet.dashboard.unfold import UNFOLD as UNFOLD
+from fleet.dashboard.unfold import UNFOLD  # noqa: F401  # Django reads it here
 
 env = Env()
 BASE_DIR = Path(__file__).resolve().parent.parent

@@ -35,6 +35,7 @@ class LiveServer:
     env: dict[str, str]
     password: str  # of the superuser `admin`
     log: Path
+    keystore: Path  # of the offline keys: `trust_add_model NAME --keystore …`
     user: str = USER
 
     def manage(self, *arguments: str, stdin: str | None = None) -> str:
@@ -90,14 +91,25 @@ def serving(backend: str, extra: dict[str, str], *options: str) -> Iterator[Live
     """Migrate, set trust up, make the superuser, serve; all ends with the block."""
     port = free_port()
     url = f"http://127.0.0.1:{port}"
-    password = secrets.token_urlsafe(12)
     with temporary_folder(backend) as folder:
-        env = environment(folder / "var", url) | extra | {"DJANGO_SUPERUSER_PASSWORD": password}
-        prepare(env)
+        env = environment(folder / "var", url) | extra
+        keystore = folder / "var" / "keystore"
+        if "FLEET_PRODUCTION" in extra:
+            keystore = folder / "offline"
+            env |= online_key(folder / "online")
+        prepare(env, keystore)
         log = folder / "serve.log"
         command = [sys.executable, "manage.py", "serve", "--port", str(port), "--no-migrate", *options]
         with running(command, log, ready=lambda: probe(f"{url}/readyz"), cwd=ROOT, env=env):
-            yield LiveServer(backend, url, env, password, log)
+            yield LiveServer(backend, url, env, env["DJANGO_SUPERUSER_PASSWORD"], log, keystore)
+
+
+def online_key(folder: Path) -> dict[str, str]:
+    """In production the server gets this key alone; `fleet.E004` refuses to start beside the others."""
+    return {
+        "FLEET_ONLINE_KEY_URI": f"file2:{folder / 'online.pem'}",
+        "FLEET_ONLINE_KEY_PUBLIC": str(folder / "online.pub.json"),
+    }
 
 
 def environment(var: Path, url: str) -> dict[str, str]:
@@ -108,24 +120,24 @@ def environment(var: Path, url: str) -> dict[str, str]:
         "FLEET_VAR": str(var),
         "FLEET_PUBLIC_URL": url,
         "FLEET_METRICS_TOKEN": secrets.token_hex(),
+        "DJANGO_SUPERUSER_PASSWORD": secrets.token_urlsafe(12),
     }
 
 
-def prepare(env: dict[str, str]) -> None:
+def prepare(env: dict[str, str], keystore: Path) -> None:
     """In one process: each start of Django costs a second."""
-    script = (
-        "import django; django.setup()\n"
-        "from django.core.management import call_command, get_commands\n"
-        "call_command('migrate', verbosity=0)\n"
-        "call_command('collectstatic', verbosity=0, interactive=False)\n"
-        f"call_command('createsuperuser', username='{USER}', email='a@example.org', interactive=False, verbosity=0)\n"
-        "if 'trust_init' in get_commands(): call_command('trust_init')\n"
-    )
-    settings = {"DJANGO_SETTINGS_MODULE": "fleet.settings"}
+    script = f"""
+import django; django.setup()
+from django.core.management import call_command
+call_command("migrate", verbosity=0)
+call_command("collectstatic", verbosity=0, interactive=False)
+call_command("createsuperuser", username="{USER}", email="a@example.org", interactive=False, verbosity=0)
+call_command("trust_init", keystore=__import__("pathlib").Path({str(keystore)!r}))
+"""
     done = subprocess.run(
         [sys.executable, "-c", script],
         cwd=ROOT,
-        env=env | settings,
+        env=env | {"DJANGO_SETTINGS_MODULE": "fleet.settings"},
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,
@@ -133,6 +145,11 @@ def prepare(env: dict[str, str]) -> None:
     )
     if done.returncode:
         raise RuntimeError(f"cannot prepare the server:\n{done.stdout}{done.stderr}")
+    online = Path(env.get("FLEET_ONLINE_KEY_PUBLIC", keystore / "online.pub.json")).parent
+    if online != keystore:
+        online.mkdir()
+        for path in keystore.glob("online.*"):
+            path.rename(online / path.name)
 
 
 def probe(url: str) -> dict[str, str]:

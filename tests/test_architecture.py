@@ -144,27 +144,40 @@ def test_every_locked_file_is_locked_by_hash():
 
 
 def test_every_test_checks_something():
+    trees = {path: ast.parse(path.read_text()) for path in tracked("tests/**.py")}
+    helpers = set().union(*(checking(tree) for tree in trees.values()))
     idle = [
         f"{path.relative_to(ROOT)}::{name}"
-        for path in tracked("tests/**/test_*.py", "tests/test_*.py")
-        for name in idle_tests(ast.parse(path.read_text()))
+        for path, tree in trees.items()
+        if path.name.startswith("test_")
+        for name in idle_tests(tree, helpers)
     ]
     assert idle == []
 
 
-def idle_tests(tree: ast.AST) -> list[str]:
-    """Tests that neither assert, nor expect an error, nor call a function of their module that does."""
-    functions = {node.name: node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)}
-    helpers = {name for name, function in functions.items() if checks(function, frozenset())}
-    return [name for name, function in functions.items() if name.startswith("test_") and not checks(function, helpers)]
+def idle_tests(tree: ast.AST, helpers: set[str]) -> list[str]:
+    """Tests that neither assert, nor expect an error, nor call a helper that does."""
+    tests = [function for function in functions(tree) if function.name.startswith("test_")]
+    return [test.name for test in tests if not checks(test, helpers)]
 
 
-def checks(function: ast.FunctionDef, helpers: frozenset[str] | set[str]) -> bool:
-    return any(
-        isinstance(node, ast.Assert | ast.Raise)
-        or (isinstance(node, ast.Call) and (CHECKING.search(name := ast.unparse(node.func)) or name in helpers))
-        for node in ast.walk(function)
-    )
+def checking(tree: ast.AST) -> set[str]:
+    return {function.name for function in functions(tree) if checks(function, set())}
+
+
+def functions(tree: ast.AST) -> list[ast.FunctionDef]:
+    return [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)]
+
+
+def checks(function: ast.FunctionDef, helpers: set[str]) -> bool:
+    return any(isinstance(node, ast.Assert | ast.Raise) or is_check(node, helpers) for node in ast.walk(function))
+
+
+def is_check(node: ast.AST, helpers: set[str]) -> bool:
+    if not isinstance(node, ast.Call):
+        return False
+    name = ast.unparse(node.func)
+    return bool(CHECKING.search(name)) or name.rpartition(".")[2] in helpers
 
 
 def test_a_test_without_assertion_is_noticed():
@@ -175,4 +188,5 @@ def test_error():
 def must_hold(): assert f()
 def test_helped(): must_hold()
 """
-    assert idle_tests(ast.parse(source)) == ["test_idle"]
+    tree = ast.parse(source)
+    assert idle_tests(tree, checking(tree)) == ["test_idle"]

@@ -14,10 +14,12 @@ from device_sdk.protocol.polls import check_runs
 WAITING, DOWNLOADING, VERIFYING, TESTING = "waiting", "downloading", "verifying", "testing"
 ACTIVATING, PROBATION, COMMITTED = "activating", "probation", "committed"
 FAILED, ROLLED_BACK = "failed", "rolled_back"
+WITHDRAWN = "withdrawn"  # the view stopped naming the release before it was committed; nobody's fault
 REFUSED = "refused"  # a view or file that trust refused; `reason` is the error's code
 HEALTH = "health"  # periodic counters of a model: calls, errors, invalid
 KINDS = frozenset(
-    {WAITING, DOWNLOADING, VERIFYING, TESTING, ACTIVATING, PROBATION, COMMITTED, FAILED, ROLLED_BACK, REFUSED, HEALTH}
+    {WAITING, DOWNLOADING, VERIFYING, TESTING, ACTIVATING, PROBATION, COMMITTED, FAILED, ROLLED_BACK, WITHDRAWN}
+    | {REFUSED, HEALTH}
 )
 DETAIL_KEYS = 32
 DETAIL_CHARS = 200

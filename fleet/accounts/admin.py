@@ -51,6 +51,7 @@ class PermissionGroupAdmin(DjangoGroupAdmin, ModelAdmin):  # type: ignore[misc] 
 
 
 class NewTokenForm(forms.ModelForm):  # type: ignore[type-arg]
+    name = forms.CharField(max_length=100, widget=UnfoldAdminTextInputWidget, help_text="Who or what uses it.")
     scopes = forms.MultipleChoiceField(
         choices=[(scope, f"{scope}: {_MEANING[scope]}") for scope in SCOPES],
         widget=UnfoldAdminCheckboxSelectMultipleWidget,

@@ -191,9 +191,9 @@ class LaggardsView(ListAPIView[Any]):
 
     queryset = Device.objects.none()
     serializer_class = shapes.LaggardSerializer
-    filter_backends = []
 
-    def get_queryset(self) -> Any:
+    def filter_queryset(self, queryset: Any) -> Any:
+        """Not rows of a table: found by comparing what devices run with what the policy says."""
         return list(rollout_selectors.laggards(self.request.query_params.get("model")))
 
     @extend_schema(parameters=[OpenApiParameter("model", str, description="only of this model")])

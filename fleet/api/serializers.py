@@ -116,6 +116,7 @@ class ProgressSerializer(serializers.Serializer[selectors.Progress]):
     updating = serializers.IntegerField()
     committed = serializers.IntegerField()
     failed = serializers.IntegerField()
+    withdrawn = serializers.IntegerField(help_text="recalled before they had committed")
     percent = serializers.FloatField(help_text="share of the group that committed")
 
 

@@ -16,7 +16,7 @@ from fleet.devices import selectors as devices
 from fleet.devices.models import Device, EnrolmentToken
 from fleet.errors import FleetError
 from fleet.releases.models import Model, Release, Variant
-from fleet.rollouts.models import Outcome, Rollout
+from fleet.rollouts.models import Outcome, Rollout, Stage
 from fleet.trust.provisioning import provision
 
 EVENTS = 50
@@ -35,15 +35,24 @@ def guards(rollout: Rollout) -> Table:
     rows = [
         [
             f"{stage.percent:g} %",
-            f"{stage.success_threshold:.0%} of {stage.min_reports} or more reports",
+            f"{stage.success_threshold:.0%} of {stage.min_reports}+ reports",
             stage.failure_budget,
             _span(stage.soak_seconds),
-            presentation.ago(stage.entered_at, never="-"),
-            presentation.ago(stage.passed_at, never="-"),
+            _stage_times(stage),
         ]
         for stage in rollout.stages.all()
     ]
-    return table(["Stage", "Success needed", "Failures allowed", "Shortest time", "Entered", "Passed"], rows)
+    return table(["Stage", "Success", "Failures allowed", "At least", "Reached"], rows)
+
+
+def _stage_times(stage: Stage) -> str:
+    if stage.entered_at is None:
+        return "-"
+    if stage.passed_at is None:
+        return presentation.ago(stage.entered_at)
+    return format_html(
+        "<span>{}, passed {}</span>", presentation.ago(stage.entered_at), presentation.ago(stage.passed_at)
+    )
 
 
 def _span(seconds: int) -> str:
@@ -53,12 +62,15 @@ def _span(seconds: int) -> str:
     return f"{seconds} s"
 
 
+SHOWN_FIRST = (Outcome.State.FAILED, Outcome.State.UPDATING, Outcome.State.WITHDRAWN, Outcome.State.COMMITTED)
+
+
 def outcomes(rollout: Rollout) -> dict[str, Any]:
     """Devices of a rollout, failures first; `reasons` sums up why."""
     failed = rollout.outcomes.filter(state=Outcome.State.FAILED)
     reasons = Counter(reason.split(":")[0] or "no reason given" for reason in failed.values_list("reason", flat=True))
     rows = rollout.outcomes.select_related("device").order_by("-state", "-changed_at")
-    order = {Outcome.State.FAILED: 0, Outcome.State.UPDATING: 1, Outcome.State.COMMITTED: 2}
+    order = {state: place for place, state in enumerate(SHOWN_FIRST)}
     shown = [*failed.select_related("device")[:OUTCOMES], *rows.exclude(state=Outcome.State.FAILED)[:OUTCOMES]]
     shown = sorted(shown[:OUTCOMES], key=lambda row: order[Outcome.State(row.state)])
     cells = [

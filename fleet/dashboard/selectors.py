@@ -4,14 +4,17 @@ Nothing here decides anything about a device: the target of a model is read from
 """
 
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from itertools import pairwise
+from time import monotonic
+from typing import TypeVar
 
 from django.conf import settings
+from django.core.cache import cache
 from django.db.models import Count, Max, Min, Q, QuerySet, Sum
-from django.db.models.functions import TruncDay, TruncHour, TruncMinute
+from django.db.models.functions import TruncDay, TruncHour, TruncMinute, TruncSecond
 
 from fleet.devices import selectors as devices
 from fleet.devices.models import Device, EnrolmentToken, RunningSet, SpreadSample
@@ -21,9 +24,13 @@ from fleet.rollouts import selectors as rollouts
 from fleet.rollouts.models import Rollout, Stage
 from fleet.trust.models import RoleMetadata
 
+Value = TypeVar("Value")
+
 NOTHING = ""  # the version of a device that runs no release of a model yet
 SERIES = 6  # versions with a colour of their own; older ones are one "other"
 LAGGARDS = 12  # shown
+SHOWN_ROLLOUTS = 8
+COSTLY_SECONDS, KEPT_SECONDS = 1.0, 120.0
 REASONS = {  # of `rollouts.selectors`, for people
     rollouts.PINNED: "pinned",
     rollouts.OFFLINE: "offline",
@@ -115,6 +122,7 @@ class RolloutCard:
     updating: int
     committed: int
     failed: int
+    withdrawn: int
 
     @property
     def current(self) -> int:
@@ -291,13 +299,20 @@ def _samples(model: str, now: datetime, window: timedelta) -> list[tuple[datetim
     return list(rows.filter(at__in=last).order_by("at").values_list("at", "version", "devices"))
 
 
-def _truncation(span: timedelta) -> type[TruncMinute] | type[TruncHour] | type[TruncDay]:
+def _truncation(span: timedelta) -> type[TruncSecond] | type[TruncMinute] | type[TruncHour] | type[TruncDay]:
+    if span <= timedelta(minutes=10):
+        return TruncSecond
     if span <= timedelta(hours=3):
         return TruncMinute
     return TruncHour if span <= timedelta(days=8) else TruncDay
 
 
-_STEPS = {TruncMinute: timedelta(minutes=1), TruncHour: timedelta(hours=1), TruncDay: timedelta(days=1)}
+_STEPS = {
+    TruncSecond: timedelta(seconds=5),
+    TruncMinute: timedelta(minutes=1),
+    TruncHour: timedelta(hours=1),
+    TruncDay: timedelta(days=1),
+}
 
 
 def _history(
@@ -357,13 +372,57 @@ def targets() -> dict[str, Rollout]:
     return {rollout.release.model.name: rollout for rollout in rows}
 
 
-def in_flight() -> list[RolloutCard]:
+@dataclass(frozen=True, slots=True)
+class Now:
+    """Rollouts in flight, and who lags: both from one look at the fleet."""
+
+    rollouts: tuple[RolloutCard, ...]
+    laggards: Laggards
+
+
+def in_flight() -> Now:
     rows = Rollout.objects.filter(state__in=IN_FLIGHT).select_related("release__model", "group", "created_by")
-    return [rollout_card(rollout) for rollout in rows.prefetch_related("stages")[:8]]
+    shown = list(rows.prefetch_related("stages")[:SHOWN_ROLLOUTS])
+    revision = "-".join(f"{row.pk}.{row.state}.{row.stage_index}" for row in shown)
+    survey = costly(f"dashboard-survey-{revision}", lambda: _survey(shown))
+    cards = tuple(_card(row, survey.progress[row.pk]) for row in shown)
+    return Now(cards, survey.laggards)
+
+
+@dataclass(frozen=True, slots=True)
+class _Survey:
+    progress: Mapping[int, rollouts.Progress]
+    laggards: Laggards
+
+
+def _survey(shown: Sequence[Rollout]) -> _Survey:
+    survey = rollouts.survey(shown)
+    found = sorted(survey.laggards, key=lambda row: (row.device.last_seen is not None, row.device.last_seen))
+    reasons = Counter(REASONS.get(row.why, row.why) for row in found)
+    return _Survey(survey.progress, Laggards(len(found), tuple(found[:LAGGARDS]), tuple(reasons.most_common())))
 
 
 def rollout_card(rollout: Rollout) -> RolloutCard:
-    progress = rollouts.progress(rollout)
+    key = f"dashboard-rollout-{rollout.pk}.{rollout.state}.{rollout.stage_index}"
+    return _card(rollout, costly(key, lambda: rollouts.progress(rollout)))
+
+
+def costly(key: str, look: Callable[[], Value], *, clock: Callable[[], float] = monotonic) -> Value:
+    """What takes long to find out is kept for ten times as long, so that looking costs a tenth of a core at most.
+
+    A fleet of a thousand devices stays under the limit, and its page is always fresh.
+    """
+    kept: Value | None = cache.get(key)
+    if kept is not None:
+        return kept
+    began = clock()
+    found = look()
+    if (cost := clock() - began) > COSTLY_SECONDS:
+        cache.set(key, found, min(10 * cost, KEPT_SECONDS))
+    return found
+
+
+def _card(rollout: Rollout, progress: rollouts.Progress) -> RolloutCard:
     total = max(progress.admitted, 1)
     shares = (progress.committed / total, progress.updating / total, progress.failed / total)
     return RolloutCard(
@@ -373,6 +432,7 @@ def rollout_card(rollout: Rollout) -> RolloutCard:
         updating=progress.updating,
         committed=progress.committed,
         failed=progress.failed,
+        withdrawn=progress.withdrawn,
     )
 
 
@@ -393,14 +453,6 @@ def _shares(state: str, current: tuple[float, float, float]) -> tuple[float, flo
         committed, updating, failed = (min(100.0, round(100 * share, 1)) for share in current)
         return committed, updating, failed
     return (100.0 if state == "passed" else 0.0, 0.0, 0.0)
-
-
-# --- laggards -----------------------------------------------------------------------------------------------------
-def laggards() -> Laggards:
-    """Devices that do not run what is meant for them, longest silent first, and the reasons summed up."""
-    found = sorted(rollouts.laggards(), key=lambda row: (row.device.last_seen is not None, row.device.last_seen))
-    reasons = Counter(REASONS.get(row.why, row.why) for row in found)
-    return Laggards(total=len(found), rows=tuple(found[:LAGGARDS]), reasons=tuple(reasons.most_common()))
 
 
 # --- feedback, first steps ---------------------------------------------------------------------------------
@@ -440,8 +492,8 @@ def first_steps() -> list[Step]:
         ),
         Step(
             "Let devices in",
-            "Add an enrolment token here, save its provision.json in the device's directory, then enrol.",
-            "fleet-device enrol /var/lib/fleet --name device-001",
+            "Add an enrolment token here, take its provision.json to the device, and enrol there.",
+            "fleet-device enrol --provision provision.json --name device-001",
             EnrolmentToken.objects.exists() and Device.objects.exists(),
         ),
         Step(

@@ -32,11 +32,14 @@ def first_page(request: HttpRequest, context: dict[str, Any]) -> dict[str, Any]:
             "presence": (presence := selectors.presence(now)),
             "presence_bar": _presence_bar(presence),
             "spreads": [spread_context(spread) for spread in selectors.spreads(now, WINDOWS[chosen])],
-            "laggards": (behind := selectors.laggards()),
-            "laggards_table": _laggards_table(behind),
         }
-    if may("rollouts.view_rollout"):
-        context["rollouts"] = selectors.in_flight()
+    if may("rollouts.view_rollout") and may("devices.view_device"):
+        moving = selectors.in_flight()
+        context |= {
+            "rollouts": moving.rollouts,
+            "laggards": moving.laggards,
+            "laggards_table": _laggards_table(moving.laggards),
+        }
     if may("feedback.view_batch"):
         context |= {
             "batches": (batches := list(selectors.newest_batches())),
@@ -109,7 +112,7 @@ def _chart(history: History) -> dict[str, Any]:
                 "borderColor": f"var(--series-{line.series})",
                 "backgroundColor": f"var(--fill-{line.series})",
                 "fill": "-1" if place else "origin",  # each band stands on the one below it
-                "stepped": True,
+                "stepped": "middle",
                 "borderWidth": 1.5,
                 "pointStyle": False,
             }

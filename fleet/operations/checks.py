@@ -1,6 +1,6 @@
 """Misconfiguration, caught before the server starts: system checks with ids and hints.
 
-With `FLEET_PRODUCTION` the demonstration's secrets and the embedded parts are errors; else they are what one wants.
+Keys and the demonstration's secrets are the business of `fleet.trust.checks`; here are E010 and W010 upward.
 """
 
 import re
@@ -34,28 +34,16 @@ def _as_check(find: Callable[[], Findings]) -> Callable[..., list[CheckMessage]]
 
 
 def secrets() -> Findings:
-    if settings.PRODUCTION and settings.SECRET_KEY == settings.DEMO_SECRET:
-        yield Error(
-            "FLEET_SECRET_KEY is the demonstration's.",
-            hint="Set it to 50 or more random characters, the same on every server process.",
-            id="fleet.E001",
-        )
     malformed = [number for number, item in enumerate(settings.DEVICE_SECRETS) if not DEVICE_SECRET.fullmatch(item)]
     names = [item.partition(":")[0] for item in settings.DEVICE_SECRETS]
     if malformed or not names or len(set(names)) != len(names):
         yield Error(
             "FLEET_DEVICE_SECRETS is malformed.",
             hint=f"Newest first, comma-separated: <id>:<hex of {MIN_SECRET_BYTES} or more random bytes>, each id once.",
-            id="fleet.E002",
-        )
-    if settings.PRODUCTION and settings.DEMO_DEVICE_SECRET in settings.DEVICE_SECRETS:
-        yield Error(
-            "FLEET_DEVICE_SECRETS holds the demonstration's secret: anybody can forge a device's credential.",
-            hint="Set it to prod-1:<64 random hex digits>. Devices that enrolled with the old one enrol again.",
-            id="fleet.E003",
+            id="fleet.E010",
         )
     if settings.PRODUCTION and settings.DEBUG:
-        yield Error("FLEET_DEBUG is on in production.", hint="It shows settings to strangers.", id="fleet.E004")
+        yield Error("FLEET_DEBUG is on in production.", hint="It shows settings to strangers.", id="fleet.E011")
 
 
 def addresses() -> Findings:
@@ -64,22 +52,22 @@ def addresses() -> Findings:
         yield Error(
             f"FLEET_PUBLIC_URL is {settings.PUBLIC_URL!r}, which is no address.",
             hint="The address that devices and CI reach, such as https://fleet.example.org",
-            id="fleet.E005",
+            id="fleet.E012",
         )
     elif settings.BEHIND_TLS and public.scheme != "https":
         yield Error(
             "FLEET_PUBLIC_URL is not https, but FLEET_BEHIND_TLS is on: devices would be redirected, and refuse.",
             hint="Set FLEET_PUBLIC_URL to the https address of the proxy.",
-            id="fleet.E006",
+            id="fleet.E013",
         )
     if settings.PRODUCTION and not settings.BEHIND_TLS:
         yield Warning(
             "FLEET_BEHIND_TLS is off in production: credentials travel in the clear.",
             hint="Put a proxy with TLS in front. Models stay safe without it (they are signed), log-ins do not.",
-            id="fleet.W001",
+            id="fleet.W010",
         )
     if settings.PRODUCTION and "*" in settings.ALLOWED_HOSTS:
-        yield Error("FLEET_ALLOWED_HOSTS allows every host.", hint="Name the public host.", id="fleet.E007")
+        yield Error("FLEET_ALLOWED_HOSTS allows every host.", hint="Name the public host.", id="fleet.E014")
 
 
 def parts() -> Findings:
@@ -88,24 +76,18 @@ def parts() -> Findings:
         return
     if database_engine().endswith("sqlite3"):
         yield Warning(
-            "The database is SQLite.", hint="Set FLEET_DATABASE_URL=postgres://… for several machines.", id="fleet.W002"
+            "The database is SQLite.", hint="Set FLEET_DATABASE_URL=postgres://… for several machines.", id="fleet.W011"
         )
     if not settings.REDIS_URL:
-        yield Warning("The broker is a folder.", hint="Set FLEET_REDIS_URL for several machines.", id="fleet.W003")
+        yield Warning("The broker is a folder.", hint="Set FLEET_REDIS_URL for several machines.", id="fleet.W012")
     if not settings.S3_BUCKET:
-        yield Warning("Objects live in a local folder.", hint="Set FLEET_S3_BUCKET and its friends.", id="fleet.W004")
-    if str(settings.VAR) in settings.ONLINE_KEY_URI:
-        yield Warning(
-            "The online key is a file of the demonstration's keystore.",
-            hint="Set FLEET_ONLINE_KEY_URI to a key in a secret store, KMS or HSM.",
-            id="fleet.W005",
-        )
+        yield Warning("Objects live in a local folder.", hint="Set FLEET_S3_BUCKET and its friends.", id="fleet.W013")
 
 
 def intervals() -> Findings:
     for name in POSITIVE:
         if getattr(settings, name) <= 0:
-            yield Error(f"FLEET_{name} must be over 0.", hint="Leave it out for the default.", id="fleet.E008")
+            yield Error(f"FLEET_{name} must be over 0.", hint="Leave it out for the default.", id="fleet.E015")
 
 
 def database_engine() -> str:

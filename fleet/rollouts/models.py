@@ -80,6 +80,7 @@ class Outcome(models.Model):
         UPDATING = "updating"
         COMMITTED = "committed"
         FAILED = "failed"
+        WITHDRAWN = "withdrawn"  # recalled before it had committed: neither success nor failure
 
     rollout = models.ForeignKey(Rollout, on_delete=models.CASCADE, related_name="outcomes")
     device = models.ForeignKey("devices.Device", on_delete=models.CASCADE, related_name="outcomes")

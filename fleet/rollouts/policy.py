@@ -212,7 +212,7 @@ def next_step(stage: StageRules, tally: Tally, now: datetime) -> Decision:
 
 def enough_reports(stage: StageRules, tally: Tally, now: datetime) -> bool:
     """Whether it is worth counting the admitted devices: everything cheaper already speaks for passing."""
-    return not (_doubt(stage, tally, now, counted=False) or _soak(stage, now) or _reports(stage, tally))
+    return not (_doubt(stage, tally, now) or _soak(stage, now) or _reports(stage, tally))
 
 
 def _on_failure(stage: StageRules, tally: Tally) -> Decision:
@@ -222,14 +222,13 @@ def _on_failure(stage: StageRules, tally: Tally) -> Decision:
     return Pause(reason) if stage.on_failure == PAUSE else Halt(reason)
 
 
-def _doubt(stage: StageRules, tally: Tally, now: datetime, *, counted: bool = True) -> str:
+def _doubt(stage: StageRules, tally: Tally, now: datetime) -> str:
     """Name the first thing that cannot be trusted, or nothing."""
     doubts = {
         "the stage's percentage is malformed": not _number(stage.percent, 0, 100) or stage.percent == 0,
         "the stage's soak time is malformed": not _number(stage.soak_seconds, 0, math.inf),
         "the success threshold is malformed": not _number(stage.success_threshold, 0, 1),
         "the counts of reports are malformed": not (_count(stage.min_reports) and _count(tally.committed)),
-        "the admitted devices are not counted": counted and not _count(tally.admitted),
         "the stage has no beginning": not (_moment(stage.since) and _moment(now)),
     }
     return next((reason for reason, doubtful in doubts.items() if doubtful), "")
@@ -246,6 +245,8 @@ def _reports(stage: StageRules, tally: Tally) -> str:
 
 
 def _share(stage: StageRules, tally: Tally) -> str:
+    if not _count(tally.admitted):
+        return "the admitted devices are not counted"
     admitted = max(tally.admitted or 0, tally.committed + tally.failed)
     needed = math.ceil(stage.success_threshold * admitted - 1e-9)
     if tally.committed < needed:

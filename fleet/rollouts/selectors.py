@@ -1,6 +1,6 @@
 """What can be asked about rollouts: a device's assignments, how far a rollout is, and why a device lags."""
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
@@ -10,12 +10,13 @@ from django.db.models import Count, Q
 from device_sdk.protocol import events
 from device_sdk.protocol.assignment import Assignment
 from fleet.devices.models import Device, ModelStatus
-from fleet.devices.selectors import members, offline_before
+from fleet.devices.selectors import matches, members, offline_before
 from fleet.releases.models import Release, Variant
 from fleet.rollouts import policy, snapshots
 from fleet.rollouts.models import Outcome, Rollout
 
-FAILED, COMMITTED, UPDATING = Outcome.State.FAILED, Outcome.State.COMMITTED, Outcome.State.UPDATING
+FAILED, COMMITTED = Outcome.State.FAILED, Outcome.State.COMMITTED
+UPDATING, WITHDRAWN = Outcome.State.UPDATING, Outcome.State.WITHDRAWN
 
 
 # --- one device --------------------------------------------------------------------------------------------------
@@ -91,11 +92,12 @@ class Progress:
     updating: int
     committed: int
     failed: int
+    withdrawn: int = 0  # recalled before they had committed
 
     @property
     def waiting(self) -> int:
         """Admitted, and not heard of yet."""
-        return self.admitted - self.updating - self.committed - self.failed
+        return self.admitted - self.updating - self.committed - self.failed - self.withdrawn
 
     @property
     def percent(self) -> float:
@@ -104,14 +106,20 @@ class Progress:
 
 
 def progress(rollout: Rollout) -> Progress:
+    total = sum(rollout.release.model.name in device.model_names for device in members(rollout.group))
+    return _progress(rollout, total, {device.pk for device in assigned_devices(rollout)})
+
+
+def _progress(rollout: Rollout, total: int, assigned: set[int]) -> Progress:
     counts = outcome_counts(rollout)
     reported = set(Outcome.objects.filter(rollout=rollout).values_list("device_id", flat=True))
     return Progress(
-        total=sum(rollout.release.model.name in device.model_names for device in members(rollout.group)),
-        admitted=len(reported | {device.pk for device in assigned_devices(rollout)}),
+        total=total,
+        admitted=len(reported | assigned),
         updating=counts[UPDATING],
         committed=counts[COMMITTED],
         failed=counts[FAILED],
+        withdrawn=counts[WITHDRAWN],
     )
 
 
@@ -123,15 +131,19 @@ def outcome_counts(rollout: Rollout) -> dict[str, int]:
 def tally(rollout: Rollout, *, counted: bool) -> policy.Tally:
     """What is known of the stage in force. `counted` adds the admitted devices, which takes a look at the group.
 
-    Of those that have not decided yet, only devices that were seen since the stage began could know of it.
+    Who has not decided yet is waited for, unless it never said a word and is offline since before the stage began:
+    it cannot know. Who went silent later is waited for: the release may be why.
     """
     counts = outcome_counts(rollout)
     committed, failed = counts[COMMITTED], max(counts[FAILED] - rollout.forgiven, 0)
     if not counted:
         return policy.Tally(committed=committed, failed=failed)
-    decided = set(Outcome.objects.filter(rollout=rollout).exclude(state=UPDATING).values_list("device_id", flat=True))
-    since = rollout.stage_since
-    undecided = sum(device.pk not in decided and _seen_since(device, since) for device in assigned_devices(rollout))
+    said = dict(Outcome.objects.filter(rollout=rollout).values_list("device_id", "state"))
+    horizon = min(rollout.stage_since or offline_before(), offline_before())
+    undecided = sum(
+        said.get(device.pk, UPDATING) not in {COMMITTED, FAILED} and (device.pk in said or _seen_since(device, horizon))
+        for device in assigned_devices(rollout)
+    )
     return policy.Tally(committed=committed, failed=failed, admitted=committed + failed + undecided)
 
 
@@ -153,8 +165,8 @@ def _all_facts(devices: Sequence[Device]) -> Iterator[tuple[Device, policy.Devic
         yield device, _facts(device, failed=frozenset(failed[device.pk]), pinned=pinned)
 
 
-def _seen_since(device: Device, since: datetime | None) -> bool:
-    return since is not None and device.last_seen is not None and device.last_seen >= since
+def _seen_since(device: Device, moment: datetime) -> bool:
+    return device.last_seen is not None and device.last_seen >= moment
 
 
 # --- who lags, and why -------------------------------------------------------------------------------------------
@@ -186,6 +198,36 @@ def laggards(model: str | None = None) -> Iterator[Laggard]:
             rollout = _newest_for(snapshot, facts, name)
             if rollout and not policy.runs_release(facts, rollout.release):
                 yield _explain(device, facts, rollout, statuses.get((device.pk, name)), horizon)
+
+
+@dataclass(frozen=True, slots=True)
+class Survey:
+    """`progress` by the rollout's key."""
+
+    progress: Mapping[int, Progress]
+    laggards: Sequence[Laggard]
+
+
+def survey(rollouts: Sequence[Rollout]) -> Survey:
+    """`progress` of several rollouts and all `laggards` by one look at the fleet: for pages that show them together."""
+    snapshot, horizon = snapshots.current(), offline_before()
+    statuses = {(status.device_id, status.model): status for status in ModelStatus.objects.all()}
+    assigned, totals, behind = defaultdict[str, set[int]](set), Counter[int](), []
+    for device, facts in _all_facts(list(members(None))):
+        for assignment in policy.desired(snapshot, facts).values():
+            assigned[assignment.rollout].add(device.pk)
+        totals.update(rollout.pk for rollout in rollouts if _is_of(rollout, facts))
+        for model in facts.models:
+            newest = _newest_for(snapshot, facts, model)
+            if newest and not policy.runs_release(facts, newest.release):
+                behind.append(_explain(device, facts, newest, statuses.get((device.pk, model)), horizon))
+    progress = {row.pk: _progress(row, totals[row.pk], assigned[str(row.pk)]) for row in rollouts}
+    return Survey(progress, behind)
+
+
+def _is_of(rollout: Rollout, facts: policy.DeviceFacts) -> bool:
+    selector = rollout.group.selector if rollout.group else {}
+    return rollout.release.model.name in facts.models and matches(selector, facts.labels)
 
 
 def _newest_for(snapshot: policy.Snapshot, facts: policy.DeviceFacts, model: str) -> policy.RolloutRules | None:

@@ -1,6 +1,7 @@
 """All that changes a rollout. Every move is a compare-and-set on its state, with a row that says who and why."""
 
-from collections.abc import Collection, Mapping, Sequence
+import re
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import datetime
 from itertools import pairwise
@@ -155,8 +156,16 @@ OUTCOMES = {
     wire.COMMITTED: Outcome.State.COMMITTED,
     wire.FAILED: Outcome.State.FAILED,
     wire.ROLLED_BACK: Outcome.State.FAILED,
+    wire.WITHDRAWN: Outcome.State.WITHDRAWN,
 }
-RANK = {Outcome.State.UPDATING: 0, Outcome.State.COMMITTED: 1, Outcome.State.FAILED: 2}  # it never falls
+# It never falls; whoever was recalled may begin again.
+RANK: dict[str, int] = {
+    Outcome.State.UPDATING: 0,
+    Outcome.State.WITHDRAWN: 0,
+    Outcome.State.COMMITTED: 1,
+    Outcome.State.FAILED: 2,
+}
+ROLLOUT_ID = re.compile(r"[0-9]{1,18}")
 
 
 @transaction.atomic
@@ -165,25 +174,20 @@ def note_events(device: Device, events: Sequence[wire.Event]) -> None:
 
     Only a rollout that was started and admits the device, and only its own release: events are the device's word.
     """
-    named = {int(event.rollout) for event in events if event.kind in OUTCOMES and event.rollout.isdecimal()}
-    rollouts = {
-        str(row.pk): row
-        for row in Rollout.objects.filter(pk__in=named, started_at__isnull=False).select_related(
-            "release__model", "group"
-        )
-    }
+    named = {int(event.rollout) for event in events if event.kind in OUTCOMES and ROLLOUT_ID.fullmatch(event.rollout)}
+    started = Rollout.objects.filter(pk__in=named, started_at__isnull=False) if named else Rollout.objects.none()
+    rollouts = list(started.select_related("release__model", "group").prefetch_related("stages"))
     if not rollouts:
         return
-    Device.objects.select_for_update().get(pk=device.pk)
-    outcomes = {row.rollout_id: row for row in Outcome.objects.filter(device=device, rollout__in=rollouts.values())}
-    failures = len([row for row in outcomes.values() if row.state == Outcome.State.FAILED])
-    for event in events:
-        rollout = rollouts.get(event.rollout)
-        if rollout and event.kind in OUTCOMES and _may_report(rollout, device, event, known=rollout.pk in outcomes):
-            before = outcomes.get(rollout.pk) or Outcome(rollout=rollout, device=device, state=Outcome.State.UPDATING)
-            outcomes[rollout.pk] = _next_outcome(before, event)
+    Device.objects.select_for_update().get(pk=device.pk)  # its reports one after another
+    outcomes = {row.rollout_id: row for row in Outcome.objects.filter(device=device, rollout__in=rollouts)}
+    failures = _failures(outcomes.values())
+    for rollout in rollouts:
+        told = [event for event in events if event.rollout == str(rollout.pk) and _is_report(event, rollout)]
+        if told and (rollout.pk in outcomes or _admitted(rollout, device)):
+            outcomes[rollout.pk] = _after(told, outcomes.get(rollout.pk) or Outcome(rollout=rollout, device=device))
     _store(outcomes.values())
-    if failures < len([row for row in outcomes.values() if row.state == Outcome.State.FAILED]):
+    if _failures(outcomes.values()) > failures:
         wake_engine()
 
 
@@ -194,22 +198,30 @@ def wake_engine() -> None:
     transaction.on_commit(tasks.tick.delay, robust=True)
 
 
-def _may_report(rollout: Rollout, device: Device, event: wire.Event, *, known: bool) -> bool:
+def _is_report(event: wire.Event, rollout: Rollout) -> bool:
     release = rollout.release
-    if event.release is None or (event.release.model, event.release.version) != (release.model.name, release.version):
-        return False
+    mine = event.release and (event.release.model, event.release.version) == (release.model.name, release.version)
+    return bool(mine) and event.kind in OUTCOMES
+
+
+def _admitted(rollout: Rollout, device: Device) -> bool:
+    """Whether the device is in the rollout's cohort, whatever became of the rollout since."""
     rules = snapshots.rules_of(rollout)
-    if known or rules is None:
-        return known
-    mine = release.model.name in device.model_names and policy.targets(rules, device.labels)
-    return mine and policy.in_cohort(rules.salt, device.name, rules.percent)
+    if rules is None or rollout.release.model.name not in device.model_names:
+        return False
+    return policy.targets(rules, device.labels) and policy.in_cohort(rules.salt, device.name, rules.percent)
 
 
-def _next_outcome(outcome: Outcome, event: wire.Event) -> Outcome:
-    state = OUTCOMES[event.kind]
-    if RANK[state] >= RANK[Outcome.State(outcome.state)]:
-        outcome.state, outcome.step, outcome.reason = state, event.kind, event.reason
+def _after(events: Sequence[wire.Event], outcome: Outcome) -> Outcome:
+    for event in events:
+        state = OUTCOMES[event.kind]
+        if RANK[state] >= RANK.get(outcome.state, 0):
+            outcome.state, outcome.step, outcome.reason = state, event.kind, event.reason
     return outcome
+
+
+def _failures(outcomes: Iterable[Outcome]) -> int:
+    return sum(outcome.state == Outcome.State.FAILED for outcome in outcomes)
 
 
 def _store(outcomes: Collection[Outcome]) -> None:

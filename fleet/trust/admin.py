@@ -4,13 +4,15 @@ import json
 from typing import ClassVar
 
 from django.contrib import admin
-from django.db.models import F, OuterRef, QuerySet, Subquery
+from django.db.models import OuterRef, QuerySet, Subquery
 from django.http import HttpRequest
+from django.utils import timezone
 from django.utils.html import format_html
 from unfold.decorators import display
 
 from fleet import presentation
 from fleet.adminkit import ReadOnlyAdmin
+from fleet.trust import selectors
 from fleet.trust.models import RoleMetadata
 
 
@@ -26,18 +28,16 @@ class RoleMetadataAdmin(ReadOnlyAdmin):
     def get_queryset(self, request: HttpRequest) -> QuerySet[RoleMetadata]:
         newest = RoleMetadata.objects.filter(role=OuterRef("role")).order_by("-version").values("version")[:1]
         rows: QuerySet[RoleMetadata] = super().get_queryset(request)
-        return rows.annotate(newest=Subquery(newest)).annotate(is_newest=F("newest"))
+        return rows.annotate(newest=Subquery(newest))
 
     @display(description="Standing", label={"in force": "success", "expires soon": "warning", "expired": "danger"})
     def standing(self, role: RoleMetadata) -> str:
-        from django.utils import timezone
-
         now = timezone.now()
         if role.version != role.newest:  # type: ignore[attr-defined]
             return "replaced"
         if role.expires_at <= now:
             return "expired"
-        return "expires soon" if role.expires_at - now < (role.expires_at - role.created_at) / 4 else "in force"
+        return "expires soon" if role.expires_at - now <= selectors.warn_before(role.role) else "in force"
 
     @display(description="Signed by keys")
     def key_ids(self, role: RoleMetadata) -> str:

@@ -104,12 +104,17 @@ class Expiring:
     expired: bool
 
 
+def warn_before(role: str) -> timedelta:
+    """How long before its end a role's expiry is announced."""
+    return WARN_BEFORE.get(role, WARN_MODEL_BEFORE)
+
+
 def expiring(now: datetime) -> list[Expiring]:
     """Roles with a quarter of their lifetime left or less: for the admin, the metrics and the system checks."""
     return [
         Expiring(row.role, row.expires_at, row.expires_at <= now)
         for row in newest_roles().only("role", "expires_at")
-        if row.expires_at - now <= WARN_BEFORE.get(row.role, WARN_MODEL_BEFORE)
+        if row.expires_at - now <= warn_before(row.role)
     ]
 
 

@@ -53,7 +53,7 @@ def people(transactional_db: None) -> None:
 
 @pytest.fixture
 def visit(browser: Browser, live_server: Any) -> Iterator[Callable[..., Page]]:
-    """Open a page as somebody: `visit("olga", "/admin/", width=375)`. Anything the console calls an error fails the test."""
+    """Open a page as somebody: `visit("olga", "/admin/", width=375)`. An error on the console fails the test."""
     contexts, troubles = [], []
 
     def open_page(

@@ -11,6 +11,7 @@ from tests.browser.conftest import PHONE
 from tests.browser.world import World
 
 pytestmark = pytest.mark.browser
+TALLEST = 2400
 SCREENSHOTS = Path(__file__).resolve().parents[2] / "deploy" / "screenshots"
 
 
@@ -38,6 +39,7 @@ def shots(world: World) -> list[tuple[str, str, dict[str, int | bool]]]:
     ]
 
 
+@pytest.mark.django_db(transaction=True, reset_sequences=True)
 def test_every_page_can_be_pictured(visit: Callable[..., Page], fleet: World, folder: Path) -> None:
     for name, path, look in shots(fleet):
         page = visit("olga", path, **look)
@@ -49,7 +51,7 @@ def test_every_page_can_be_pictured(visit: Callable[..., Page], fleet: World, fo
 
 
 def _stretch(page: Page) -> None:
-    """Make the window as tall as the page: bars that stick to the window's edge then stand at the page's."""
+    """Make the window as tall as the page, within reason: bars that stick to its edge then stand at the page's."""
     size = page.viewport_size or {"width": 1440, "height": 900}
     height = page.evaluate("document.documentElement.scrollHeight")
-    page.set_viewport_size({"width": size["width"], "height": max(size["height"], height)})
+    page.set_viewport_size({"width": size["width"], "height": max(size["height"], min(height, TALLEST))})

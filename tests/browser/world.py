@@ -165,7 +165,7 @@ def _devices(now: datetime, dice: random.Random) -> list[Device]:
         silent = {3: timedelta(days=3), 12: timedelta(days=11), 21: timedelta(hours=5), 30: timedelta(hours=20)}
         device = Device.objects.create(
             name=name, state=state, token=token, sdk="0.1.0" if dice.random() < 0.8 else "0.0.9",
-            labels={"kind": "press" if listens else "camera", "site": SITES[number % 3], "hardware": HARDWARE[number % 3]},
+            labels={"kind": name[:-4], "site": SITES[number % 3], "hardware": HARDWARE[number % 3]},
             model_names=["vibration"] if listens else ["detector", "keyword"],
             nonce_digest=sha256(name.encode()).hexdigest(),
             last_seen=now - silent.get(number, timedelta(seconds=dice.randrange(5, 280))),
@@ -341,9 +341,7 @@ def _moment(
         if version == "1.4.0":
             share *= 0.42
         taken = round(share * (total - left if counts else total))
-        for older in counts:
-            lost = round(counts[older] * share)
-            counts[older] -= lost
+        counts = {older: number - round(number * share) for older, number in counts.items()}
         counts[version] = taken
     spare = total - sum(counts.values())
     oldest = next(iter(counts))
@@ -363,7 +361,7 @@ def _feedback(now: datetime, dice: random.Random, devices: list[Device]) -> None
         digest = sha256(f"batch{number}".encode()).hexdigest()
         batch = Batch.objects.create(
             batch_id=digest[:32], device=device, model=model, campaign=campaign, sha256=digest,
-            length=dice.randrange(400_000, 9_000_000), samples=dice.randrange(20, 400), dropped=12 if number == 2 else 0,
+            length=dice.randrange(400_000, 9_000_000), samples=dice.randrange(20, 400), dropped=12 * (number == 2),
             state=("received", "ingested", "ingested", "rejected")[0 if number == 0 else 3 if number == 5 else 1],
             reason="batch.json: sample 3 names a release of another model" if number == 5 else "",
         )  # fmt: skip

@@ -49,8 +49,8 @@ def test_the_figures_are_those_of_the_database(client, settings):
     Device.objects.create(name="b", last_seen=now - timedelta(days=1))
     Device.objects.create(name="c", last_seen=now, state=Device.State.REVOKED)
     for version, days in ((1, 1), (2, 10)):
-        RoleMetadata.objects.create(role="root", version=version, expires_at=now + timedelta(days=days))
-    RoleMetadata.objects.create(role="digits", version=1, expires_at=now + timedelta(days=2))
+        RoleMetadata.objects.create(role="root", version=version, length=1, expires_at=now + timedelta(days=days))
+    RoleMetadata.objects.create(role="digits", version=1, length=1, expires_at=now + timedelta(days=2))
 
     page = client.get("/metrics", headers={"authorization": "Bearer geheim"}).content.decode()
     values = {

@@ -94,6 +94,16 @@ def test_an_interrupted_download_is_resumed_where_it_broke(server, transport, st
     assert ranges(server) == [None, None, "bytes=1000-"]
 
 
+def test_an_answer_without_a_length_that_ends_early_is_resumed_too(server, transport, store):
+    data = BLOBS_BY_SHA[WEIGHTS.sha256]
+    server.on(BLOBS + WEIGHTS.sha256, lambda _: Reply(200, iter([data[:1000]])))
+    with pytest.raises(TransferError) as caught:
+        download(transport, store)
+    assert caught.value.code == "truncated"
+    assert is_retryable(caught.value)
+    assert store.partial_length(WEIGHTS.sha256) == 1000
+
+
 def test_a_complete_partial_is_admitted_without_a_request(server, transport, store):
     for sha, data in BLOBS_BY_SHA.items():
         store.append(sha, data)

@@ -33,7 +33,7 @@ def serving(data, **options):
 
 
 def test_model_without_a_release_says_so():
-    with pytest.raises(NoModelError, match="detector"):
+    with pytest.raises(NoModelError):
         Model("detector", Slot()).run(X)
 
 
@@ -215,21 +215,24 @@ def test_hot_swaps_under_load_lose_no_call_and_tear_none():
             done += 1
         counts.append(done)
 
-    callers = [threading.Thread(target=call) for _ in range(4)]
+    callers = [threading.Thread(target=call, daemon=True) for _ in range(4)]
     slot.current.path = ReleasePath("detector", "0", "default")
     for caller in callers:
         caller.start()
-    stats, gone = [slot.current.stats], []
-    for number in range(1, 21):
-        release = loaded(scaling(number), path=f"detector/{number}/default")
-        gone.append(weakref.ref(slot.current))
-        slot.publish(release)
-        stats.append(release.stats)
-        del release
-        assert slot.drop_previous(timeout=20)
-    go_on.clear()
+    stats, gone, clean = [slot.current.stats], [], []
+    try:
+        for number in range(1, 21):
+            release = loaded(scaling(number), path=f"detector/{number}/default")
+            gone.append(weakref.ref(slot.current))
+            slot.publish(release)
+            stats.append(release.stats)
+            del release
+            clean.append(slot.drop_previous(timeout=20))
+    finally:
+        go_on.clear()
     for caller in callers:
         caller.join(20)
+    assert all(clean)
     assert problems == []
     assert sum(counts) > 100
     assert sum(each.counts().calls for each in stats) == sum(counts)
@@ -248,7 +251,7 @@ def test_slow_call_keeps_its_release_and_retiring_gives_up_waiting_in_time(caplo
         return original(*arguments)
 
     slot.current.call = slow
-    caller = threading.Thread(target=lambda: results.append(model.run(X)))
+    caller = threading.Thread(target=lambda: results.append(model.run(X)), daemon=True)
     caller.start()
     entered.wait(10)
     slot.publish(loaded(scaling(5)))
@@ -260,10 +263,11 @@ def test_slow_call_keeps_its_release_and_retiring_gives_up_waiting_in_time(caplo
     np.testing.assert_array_equal(results[0]["y"], X["x"] * 2)
 
 
-def test_failed_call_whose_error_is_kept_does_not_keep_the_release():
+@pytest.mark.parametrize("method", ["run", "run_on"])
+def test_failed_call_whose_error_is_kept_does_not_keep_the_release(method):
     slot, model = serving(failing_on_data())
     with pytest.raises(ModelError) as caught:
-        model.run({"x": np.full((1, 4), 9, np.float32)})
+        getattr(model, method)({"x": np.full((1, 4), 9, np.float32)})
     slot.publish(loaded(scaling(1)))
     assert slot.drop_previous(timeout=2)
     assert caught.value is not None

@@ -41,9 +41,7 @@ def opened(batch):
 
 def values(batch):
     index, members = opened(batch)
-    return [
-        int(np.load(io.BytesIO(members[sample.outputs["y"]]), allow_pickle=False)[0]) for sample in index.samples
-    ]
+    return [int(np.load(io.BytesIO(members[sample.outputs["y"]]), allow_pickle=False)[0]) for sample in index.samples]
 
 
 def files_on_disk(path):

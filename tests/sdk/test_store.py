@@ -251,6 +251,22 @@ def test_a_planted_link_is_not_followed(home, store, tmp_path, where):
     assert contents(store, NEW_SHA) == expected(NEW, NEW_BLOBS)
 
 
+def test_a_link_in_place_of_a_partial_is_not_written_through(store, tmp_path):
+    target = tmp_path / "outside"
+    store.incoming(FIRST).symlink_to(target)
+    with pytest.raises(StorageError):
+        store.append(FIRST, b"x")
+    assert not target.exists()
+
+
+def test_a_link_in_place_of_a_manifest_is_not_read_through(home, store, tmp_path):
+    target = tmp_path / "outside"
+    target.write_bytes(OLD.to_bytes())
+    (home / "manifests" / f"{OLD_SHA}.json").symlink_to(target)
+    with pytest.raises(StorageError):
+        store.manifest(OLD_SHA)
+
+
 def test_a_folder_replaced_by_a_link_stops_the_store(home, store, tmp_path):
     (home / "blobs").rmdir()
     (home / "blobs").symlink_to(tmp_path)
@@ -289,6 +305,16 @@ def test_a_lost_state_is_recovered_from_the_newest_whole_manifest_that_is_not_ba
     again.collect_garbage()
     assert again.current("detector") == OLD_SHA
     assert contents(again, OLD_SHA) == expected(OLD, OLD_BLOBS)
+
+
+def test_a_state_that_was_edited_is_no_state(home, store):
+    install(store, OLD, OLD_BLOBS)
+    install(store, NEW, NEW_BLOBS)
+    os.utime(home / "manifests" / f"{OLD_SHA}.json", (1, 1))
+    text = (home / "state.json").read_text()
+    (home / "state.json").write_text(text.replace(f'"active":"{NEW_SHA}"', f'"active":"{OLD_SHA}"'))
+    assert Store(home).current("detector") == NEW_SHA
+    assert Store(home).state("detector") == ModelState()
 
 
 def test_of_two_whole_manifests_recovery_takes_the_newer(home, store):

@@ -48,7 +48,7 @@ def test_every_state_can_be_reached_and_left():
 
 def test_every_state_before_activation_can_be_withdrawn_and_interrupted():
     for state in (State.WAITING, State.DOWNLOADING, State.VERIFYING, State.TESTING):
-        assert step(state, Signal.WITHDRAW) is State.IDLE
+        assert step(state, Signal.WITHDRAW) is State.WITHDRAWN
     assert step(State.PROBATION, Signal.INTERRUPT) is State.PROBATION
 
 

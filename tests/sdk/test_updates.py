@@ -378,6 +378,57 @@ def test_commit_that_was_not_reported_is_reported_after_the_restart(world, monke
     assert world.server.kinds()[-1] == "committed"
 
 
+def test_transition_that_never_reached_the_outbox_is_reported_after_the_restart_under_its_own_id(world, monkeypatch):
+    fleet = world.committed("detector/1.0.0/default", scaling(2))
+    install(world, "detector/1.1.0/default", scaling(5))
+    fleet.update_once()
+
+    def dies(_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(fleet._outbox, "add", dies)
+        for _ in range(6):
+            fleet.model("detector").run(X)
+        with pytest.raises(KeyboardInterrupt):
+            fleet._worker.install()
+    told = fleet._journal.get("detector").id
+    kill(fleet)
+    for _ in range(2):
+        with world.open() as fleet:
+            fleet.update_once()
+    assert [event.id for event in world.server.events if event.kind == "committed"][-1] == told
+    assert world.server.kinds().count("committed") == 2
+
+
+@pytest.mark.parametrize("moment", ["download", "test"])
+def test_release_recalled_before_it_was_activated_is_never_activated(world, monkeypatch, moment):
+    with world.committed("detector/1.0.0/default", scaling(2)) as fleet:
+        first = fleet._installers["detector"].latest
+        install(world, "detector/1.1.0/default", scaling(5))
+        stream, load = world.server.stream, runtime.load
+
+        def recall():
+            fleet._installers["detector"].latest = first
+
+        def streamed(url, **options):
+            recall()
+            return stream(url, **options)
+
+        def loading(manifest, **options):
+            recall()
+            return load(manifest, **options)
+
+        if moment == "download":
+            monkeypatch.setattr(world.server, "stream", streamed)
+        else:
+            monkeypatch.setattr(runtime, "load", loading)
+        fleet.update_once()
+        assert answer(fleet) == 2.0
+        assert fleet._store.state("detector").trial is None
+        assert "activating" not in world.server.kinds()[6:]
+
+
 def test_calls_under_way_when_a_release_is_retired_finish_on_it(world):
     with world.committed("detector/1.0.0/default", scaling(2)) as fleet:
         entered, go_on = threading.Event(), threading.Event()
@@ -391,7 +442,7 @@ def test_calls_under_way_when_a_release_is_retired_finish_on_it(world):
 
         loaded.call = slow
         results = []
-        caller = threading.Thread(target=lambda: results.append(answer(fleet)))
+        caller = threading.Thread(target=lambda: results.append(answer(fleet)), daemon=True)
         caller.start()
         entered.wait(10)
         loaded.call = original

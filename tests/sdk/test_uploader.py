@@ -8,7 +8,7 @@ from device_sdk.protocol.assignment import Sampling, Window
 from device_sdk.protocol.names import ReleasePath
 from device_sdk.spool import Spool
 from device_sdk.uploader import Uploader
-from tests.sdk.world import Server
+from tests.sdk.world import Server, _json
 
 BATCHES = "/api/device/v1/batches"
 NIGHT = Sampling(campaign="night", rate=1.0, max_samples=100, expires=2**33, window=Window(120, 300))
@@ -80,12 +80,27 @@ def test_acknowledgement_that_got_lost_is_asked_for_again_without_a_second_uploa
     assert yard.files() == 0
 
 
-def test_answer_other_than_received_keeps_the_batch(yard):
+def test_bytes_that_did_not_arrive_are_sent_again_next_time(yard):
     yard.offer()
     (batch,) = yard.spool.seal("detector")
-    answers = iter([TransferError("not there", status=409, code="not_uploaded")])
-    yard.server.faults[f"{BATCHES}/{batch.head.id}/complete"] = [next(answers)]
+    missing = TransferError("not there", status=409, code="not_uploaded")
+    yard.server.faults[f"{BATCHES}/{batch.head.id}/complete"] = [missing]
     assert yard.uploader.run().failed == 1
+    assert yard.files() == 1
+    assert yard.uploader.run().sent == 1
+
+
+@pytest.mark.parametrize("said", [{"state": "announced"}, {"state": "pending"}, {}])
+def test_nothing_but_received_counts_as_acknowledged(yard, said, monkeypatch):
+    yard.offer()
+    batches = yard.server._batches
+
+    def odd(path, content):
+        return _json(said) if path.endswith("/complete") else batches(path, content)
+
+    monkeypatch.setattr(yard.server, "_batches", odd)
+    with pytest.raises(TransferError):
+        yard.uploader.run()
     assert yard.files() == 1
 
 

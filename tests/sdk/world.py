@@ -34,7 +34,7 @@ def graph(nodes: list[Any], constants: Mapping[str, Any] | None = None, *, outpu
         nodes,
         "g",
         [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["n", 4])],
-        [helper.make_tensor_value_info("y", output, None)],
+        [helper.make_tensor_value_info("y", output, ["n", 4])],
         [onnx.numpy_helper.from_array(np.asarray(value), name) for name, value in (constants or {}).items()],
     )
     model = helper.make_model(body, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)

@@ -12,6 +12,7 @@ from datetime import timedelta
 import pytest
 from django.contrib import admin
 from django.contrib.auth.models import User
+from django.core.cache import cache
 from django.test import Client
 from django.urls import reverse
 from django.utils import timezone
@@ -25,6 +26,7 @@ from fleet.devices.models import Device, DeviceEvent, EnrolmentToken, Group, Spr
 from fleet.feedback.models import Campaign, DatasetPart
 from fleet.releases import storage
 from fleet.releases.models import Model, Release
+from fleet.rollouts import selectors as rollout_selectors
 from fleet.rollouts import services as rollouts
 from fleet.rollouts.models import Rollout, RolloutAction
 from fleet.trust import keystore
@@ -67,7 +69,9 @@ def text(response) -> str:
 
 def act(client: Client, rollout: Rollout, action: str, **fields: str):
     return client.post(
-        f"/admin/rollouts/rollout/{rollout.pk}/{action}/", {"_form_submitted": "True", "comment": "", **fields}, follow=True
+        f"/admin/rollouts/rollout/{rollout.pk}/{action}/",
+        {"_form_submitted": "True", "comment": "", **fields},
+        follow=True,
     )
 
 
@@ -81,7 +85,12 @@ def test_an_anonymous_visitor_is_sent_to_the_login(client):
 def test_somebody_who_is_not_staff_sees_nothing(fleet, as_user):
     client = as_user("outsider")
 
-    for path in ("/admin/", listing(Device), address(fleet.running), f"/admin/rollouts/rollout/{fleet.running.pk}/pause/"):
+    for path in (
+        "/admin/",
+        listing(Device),
+        address(fleet.running),
+        f"/admin/rollouts/rollout/{fleet.running.pk}/pause/",
+    ):
         assert client.get(path).headers["Location"].startswith("/admin/login/"), path
 
 
@@ -138,7 +147,9 @@ def test_a_viewer_is_shown_no_buttons(fleet, as_user):
     assert "/revoke/" not in client.get(address(fleet.devices[1])).content.decode()
 
 
-@pytest.mark.parametrize("model", [Device, DeviceEvent, Release, Model, RoleMetadata, Rollout, EnrolmentToken, DatasetPart])
+@pytest.mark.parametrize(
+    "model", [Device, DeviceEvent, Release, Model, RoleMetadata, Rollout, EnrolmentToken, DatasetPart]
+)
 def test_not_even_a_superuser_deletes_history(fleet, as_user, model):
     client = as_user("admin")
     row = model.objects.first()
@@ -189,7 +200,9 @@ def test_the_first_page_shows_the_spread_in_counts_and_percent(fleet, as_user):
 def test_the_first_page_costs_no_more_queries_with_more_devices(fleet, as_user, django_assert_max_num_queries):
     client = as_user("victor")
     for number in range(60):
-        Device.objects.create(name=f"more-{number}", model_names=["detector"], labels={"kind": "camera"}, nonce_digest="")
+        Device.objects.create(
+            name=f"more-{number}", model_names=["detector"], labels={"kind": "camera"}, nonce_digest=""
+        )
 
     with django_assert_max_num_queries(75):
         assert client.get("/admin/").status_code == 200
@@ -230,7 +243,9 @@ def test_spread_history_carries_the_last_sample_over_quiet_hours():
     model = Model.objects.create(name="detector")
     for hours, counts in ((30, {"1.0.0": 4}), (3, {"1.0.0": 1, "2.0.0": 3})):
         for version, number in counts.items():
-            SpreadSample.objects.create(at=now - timedelta(hours=hours), model="detector", version=version, devices=number)
+            SpreadSample.objects.create(
+                at=now - timedelta(hours=hours), model="detector", version=version, devices=number
+            )
 
     history = selectors.spread_of(model, now, timedelta(days=7)).history
     lines = {line.label: line.points for line in history.lines}
@@ -278,6 +293,29 @@ def test_a_senseless_zone_is_ignored(as_user, client, zone):
     client.cookies["fleet-zone"] = zone
 
     assert "Times are in UTC" in text(client.get("/admin/"))
+
+
+def test_one_look_at_the_fleet_finds_what_single_looks_find(fleet):
+    rows = list(Rollout.objects.select_related("release__model", "group"))
+
+    survey = rollout_selectors.survey(rows)
+
+    assert survey.progress == {row.pk: rollout_selectors.progress(row) for row in rows}
+    assert survey.progress[fleet.running.pk].admitted > survey.progress[fleet.running.pk].committed > 0
+    assert list(survey.laggards) == list(rollout_selectors.laggards())
+    assert survey.laggards
+
+
+@pytest.mark.parametrize(("cost", "looks"), [(0.5, 2), (3.0, 1)])
+def test_only_what_takes_long_to_find_out_is_kept(cost, looks):
+    ticks = iter([0.0, cost, 10.0, 10.0 + cost])
+    looked = []
+
+    for _ in range(2):
+        selectors.costly(f"test-{cost}", lambda: looked.append(1) or 7, clock=lambda: next(ticks))
+
+    assert len(looked) == looks
+    cache.delete(f"test-{cost}")
 
 
 # --- operating --------------------------------------------------------------------------------------------------------
@@ -381,9 +419,9 @@ def test_an_operator_plans_a_rollout(fleet, as_user):
     assert page.status_code == 200
     assert (made.release, made.state, made.created_by.username) == (release, "draft", "olga")
     assert made.window == {"start": 22 * 60 + 30, "end": 4 * 60}
-    assert [(s.percent, s.soak_seconds, s.success_threshold, s.min_reports, s.failure_budget) for s in made.stages.all()] == [
-        (percent, 1800, 0.95, 3, 1) for percent in (5, 25, 100)
-    ]
+    assert [
+        (s.percent, s.soak_seconds, s.success_threshold, s.min_reports, s.failure_budget) for s in made.stages.all()
+    ] == [(percent, 1800, 0.95, 3, 1) for percent in (5, 25, 100)]
     assert list(made.actions.values_list("action", "actor")) == [("create", "olga")]
 
 
@@ -534,7 +572,8 @@ def test_an_enrolment_token_is_never_shown_again(trust, client):
     pages = [client.get(listing(EnrolmentToken)), client.get(address(token)), client.get("/admin/")]
 
     assert [page for page in pages if secret in page.content.decode()] == []
-    assert client.session.items() and secret not in str(dict(client.session.items()))
+    assert client.session.keys()
+    assert secret not in str(dict(client.session.items()))
 
 
 def test_without_a_trust_root_the_page_says_what_is_missing(client):

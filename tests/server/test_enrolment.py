@@ -359,7 +359,7 @@ def test_there_is_nothing_to_provision_without_a_trust_root(own_folder: Path) ->
 def test_the_provisioning_file_names_the_hosts_of_the_object_store(
     registry: Registry, tmp_path: Path, settings: Any
 ) -> None:
-    from fleet.trust.management.commands.provision import blob_hosts
+    from fleet.trust.provisioning import blob_hosts
 
     options = {"endpoint_url": "https://s3.example.org:9000", "region_name": "eu-1", "addressing_style": "path"}
     settings.S3_BUCKET, settings.STORAGES = "fleet", {"objects": {"OPTIONS": options}}

@@ -236,6 +236,7 @@ def test_a_budget_of_zero_means_any_failure() -> None:
         ({}, Tally(8, 1, 10), "waiting for success: 8 of 10 committed, 9 needed"),
         ({}, Tally(9, 1, 12), "waiting for success"),
         ({}, Tally(9, 1), "not counted"),
+        ({"since": NOW}, Tally(9, 1), "soaking"),
         ({"since": None}, GOOD, "no beginning"),
         ({"since": datetime(2026, 1, 1)}, GOOD, "no beginning"),  # no zone
     ],

@@ -1,4 +1,4 @@
-"""`manage.py rollout list | create | start | pause | resume | cancel | roll_back`: what the admin does, from a shell."""
+"""`manage.py rollout list | create | start | pause | resume | cancel | roll_back`: the admin's actions in a shell."""
 
 from argparse import ArgumentParser
 from typing import Any
