@@ -99,8 +99,8 @@ def _members(archive: zipfile.ZipFile, length: int) -> dict[str, zipfile.ZipInfo
     if len(members) != len(infos):
         raise Invalid("bad_zip", "expected each member once; some name comes twice")
     for info in infos:
-        if info.compress_type != zipfile.ZIP_STORED or info.compress_size != info.file_size or info.flag_bits & 1:
-            raise Invalid("bad_zip", f"expected stored members; {info.filename!r:.80} is compressed or encrypted")
+        if info.compress_type != zipfile.ZIP_STORED or info.compress_size != info.file_size:
+            raise Invalid("bad_zip", f"expected stored members; {info.filename!r:.80} is compressed")
     total = sum(info.file_size for info in infos)
     if total > length:  # entries that overlap, so that the same bytes count many times
         raise Invalid("bad_zip", f"expected at most {length} bytes of members; got {total}")

@@ -283,10 +283,15 @@ def test_a_directory_of_a_million_entries_is_refused_before_it_is_read():
 
 
 def test_zip64_is_refused():
-    file = io.BytesIO(packed())
-    data = file.getvalue()
-    locator = struct.pack("<4sLQL", b"PK\x06\x07", 0, 0, 1)
-    assert refused(data[:-22] + locator + data[-22:]) == "bad_zip"
+    """Its record would overrule the one that was measured."""
+    data = packed()
+    body, end = data[:-22], data[-22:]
+    count, size, offset = struct.unpack("<H2L", end[10:20])
+    record = struct.pack("<4sQ2H2L4Q", b"PK\x06\x06", 44, 45, 45, 0, 0, count, count, size, offset)
+    locator = struct.pack("<4sLQL", b"PK\x06\x07", 0, len(body), 1)
+    whole = body + record + locator + end
+    assert zipfile.ZipFile(io.BytesIO(whole)).testzip() is None
+    assert refused(whole) == "bad_zip"
 
 
 @settings(max_examples=300, deadline=None)
