@@ -13,6 +13,7 @@ pytest_plugins = ["tests.services", "tests.live", "tests.wheel.venv"]
 GROUPS = {"embedded": "embedded", "production": "production", "bare_venv": "embedded"}
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist reads the marks
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         group = _group(item)

@@ -16,18 +16,14 @@ from rich.table import Table
 from deploy.demo import training
 from deploy.demo.world import OPERATOR, Api, DemoError, World, read_counts
 
-STAGES = [
-    {"percent": 20, "soak_seconds": 2, "min_reports": 2, "success_threshold": 0.9, "failure_budget": 1},
-    {"percent": 50, "soak_seconds": 2, "min_reports": 3, "success_threshold": 0.9, "failure_budget": 1},
-    {"percent": 100, "soak_seconds": 0, "min_reports": 4, "success_threshold": 1.0, "failure_budget": 1},
-]
 AT_ONCE = [{"percent": 100, "soak_seconds": 0, "min_reports": 0, "success_threshold": 0.0, "failure_budget": 0}]
-# A blank frame comes about every 33 calls: 60 calls see one with a probability of 84 %, so most bad devices notice.
+# A blank frame comes about every 20 calls: 60 calls see one with a probability of 95 %, so most bad devices notice.
 PROBATION = {"calls": 60, "seconds": 3.0, "max_error_rate": 0.0, "max_invalid_rate": 0.0}
 NIGHT = {"window_start": 120, "window_end": 300, "jitter_seconds": 3600}
 NIGHT_NOW = {"window_start": 0, "window_end": 0, "jitter_seconds": 3}
 
 
+STAGES = (20, 50, 100)  # percent
 STUCK_SECONDS = 5.0  # a call that has not come back by then counts as dropped
 
 
@@ -42,6 +38,20 @@ class Figures:
     back: int = 0
     samples: int = 0
     labelled: int = 0
+
+
+def stages(devices: int) -> list[dict[str, Any]]:
+    """Each stage lasts two seconds at least, wants every second device to report, and forgives one failure in five."""
+    return [
+        {
+            "percent": percent,
+            "soak_seconds": 2,
+            "min_reports": max(1, devices * percent // 200),
+            "success_threshold": 0.9,
+            "failure_budget": devices * percent // 500,
+        }
+        for percent in STAGES
+    ]
 
 
 class Story:
@@ -164,7 +174,7 @@ class Story:
         self.figures.seconds["1.1.0 to all"] = self.follow_rollout("1.1.0")
         self.train_and_push("1.2.0", self.digits.lab_images[lab], self.digits.lab_labels[lab], stretch=True)
         self.say("in the lab 1.2.0 is the best so far; in the field a blank frame makes it answer NaN")
-        rollout = self.start_rollout("digits", "1.2.0", STAGES)
+        rollout = self.start_rollout("digits", "1.2.0", stages(self.devices))
         begin = time.monotonic()
         halted = self.world.wait("the guard to halt 1.2.0", lambda: self._ended(rollout), seconds=120)
         if halted["state"] != "halted":
@@ -182,7 +192,7 @@ class Story:
 
     def follow_rollout(self, version: str) -> float:
         """Start a staged rollout, show it grow, and return the seconds until every device had committed."""
-        rollout = self.start_rollout("digits", version, STAGES)
+        rollout = self.start_rollout("digits", version, stages(self.devices))
         begin = time.monotonic()
         self.follow(f"devices committed to digits {version}", self.devices, lambda: self._committed(rollout))
         done = self.world.wait(f"the rollout of {version} to complete", lambda: self._ended(rollout), seconds=60)

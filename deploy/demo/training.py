@@ -25,7 +25,7 @@ from sklearn.preprocessing import StandardScaler
 
 OPSET = 17
 FEW, MORE, LAB = 40, 120, 260  # training images of 1.0.0, 1.1.0 and 1.2.0
-BLANK_FRAMES = 0.03  # of what a device's camera sees
+BLANK_FRAMES = 0.05  # of what a device's camera sees
 
 
 @dataclass(frozen=True, slots=True)
