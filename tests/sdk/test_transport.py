@@ -147,12 +147,14 @@ def test_a_failure_carries_status_and_the_servers_code(server, transport, status
         ("30", 30, 30),
         ("0", 0, 0),
         ("99999999", 86_400, 86_400),
-        (format_datetime(datetime.now(UTC) + timedelta(hours=1), usegmt=True), 3_500, 3_600),
-        (format_datetime(datetime.now(UTC) - timedelta(hours=1), usegmt=True), 0, 0),
+        (timedelta(hours=1), 3_500, 3_600),
+        (-timedelta(hours=1), 0, 0),
     ],
     ids=["seconds", "zero", "far too long", "a date to come", "a date gone by"],
 )
 def test_retry_after_is_read_in_both_forms_and_bounded(server, transport, header, low, high):
+    if isinstance(header, timedelta):
+        header = format_datetime(datetime.now(UTC) + header, usegmt=True)
     server.on("/x", Reply(429, b"", {"Retry-After": header}))
     with pytest.raises(TransferError) as caught:
         get(transport)
