@@ -204,6 +204,7 @@ USE_TZ = True
 TIME_ZONE = env.str("FLEET_TIME_ZONE", "UTC")  # of the admin's pages, where the browser does not tell
 LANGUAGE_CODE = "en-gb"
 LOGIN_URL = "admin:login"
+LOGIN_REDIRECT_URL = "admin:index"
 
 BEHIND_TLS: bool = env.bool("FLEET_BEHIND_TLS", PRODUCTION)  # cookies, HSTS, and the proxy's scheme header
 if BEHIND_TLS:
