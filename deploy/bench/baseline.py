@@ -18,7 +18,7 @@ from fleet.rollouts.models import Rollout
 from fleet.trust.models import DeviceView
 
 
-def hello(request: HttpRequest) -> HttpResponse:
+def hello(_request: HttpRequest) -> HttpResponse:
     return HttpResponse(b"hello")
 
 

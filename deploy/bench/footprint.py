@@ -37,7 +37,7 @@ fleet.model("bench").run({{"x": numpy.zeros((1, 4), numpy.float32)}})
 """
 
 
-def measure(folder: Path, scale: Scale) -> Section:
+def measure(folder: Path, _scale: Scale) -> Section:
     model = folder / "model.onnx"
     model.write_bytes(models.small())
     home = _home(folder / "home")
@@ -70,7 +70,9 @@ def _home(folder: Path) -> Path:
         root.add_key(key.public_key, role)
     signed = Metadata(root)
     signed.sign(key)
-    provision = Provision("http://127.0.0.1:1", signed.to_bytes().decode(), "token", (models.MODEL,), (), int(time.time()))
+    provision = Provision(
+        "http://127.0.0.1:1", signed.to_bytes().decode(), "token", (models.MODEL,), (), int(time.time())
+    )
     home.provision_file.write_bytes(provision.to_bytes())
     home.identity_file.write_bytes(Identity("bench", "0" * 32, "credential").to_bytes())
     store = Store(home.store)

@@ -14,7 +14,7 @@ from deploy.bench.server import Server
 BARE = 3_400  # a core-second, of the prototype
 
 
-def measure(folder: Path, scale: Scale, server: Server) -> Section:
+def measure(_folder: Path, scale: Scale, server: Server) -> Section:
     device = server.device("till-2")
     assignments = server.assignments(device)
     actions = {"keys": _sign_thrice(), "bare": _bare(device, assignments), "stored": _stored(device, assignments)}
@@ -24,7 +24,7 @@ def measure(folder: Path, scale: Scale, server: Server) -> Section:
         Row("bare: trust.repository.build_view", bare, "views", keys, "three Ed25519 signatures and nothing else",
             f">= {BARE} (prototype)", bare >= BARE),
         Row("current_view of changed inputs, SQLite", stored, "views", bare, "bare"),
-    ], ["A view is three signed files: director, snapshot, timestamp. The second row locks, reads and writes the row."])  # fmt: skip
+    ], ["A view is three signed files: director, snapshot, timestamp. The second row also locks and writes."])  # fmt: skip
 
 
 def _sign_thrice() -> Any:
