@@ -13,7 +13,7 @@ from device_sdk.protocol import polls
 WRAPPER = 22.0  # us, of the prototype that answers before Django
 BAR = f"{WRAPPER:g} us (prototype)"
 NOTES = (
-    "In one process, without HTTP parsing, on SQLite in a temporary file: PostgreSQL costs more per query. "
+    "In one process, without HTTP parsing, on SQLite in a temporary file: PostgreSQL costs more per query.",
     "CPU of all threads, so ours includes the one that writes last-seen marks each second.",
     "The bar is an answer before Django, still to be built; today the poll is a Django view behind all middleware.",
 )

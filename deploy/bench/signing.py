@@ -24,7 +24,7 @@ def measure(_folder: Path, scale: Scale, server: Server) -> Section:
         Row("bare: trust.repository.build_view", bare, "views", keys, "three Ed25519 signatures and nothing else",
             f">= {BARE} (prototype)", bare >= BARE),
         Row("current_view of changed inputs, SQLite", stored, "views", bare, "bare"),
-    ], ["A view is three signed files: director, snapshot, timestamp. The second row also locks and writes."])  # fmt: skip
+    ], ["A view is three signed files. `current_view` also locks and writes."])  # fmt: skip
 
 
 def _sign_thrice() -> Any:

@@ -28,7 +28,7 @@ def measure(folder: Path, scale: Scale) -> Section:
     return Section("Store: one state switch (begin_trial, commit)", [
         Row("p50", p50, "ms", base50, against, f"<= {LIMIT:g} ms", p50 <= LIMIT),
         Row("p99", p99, "ms", base99, against),
-    ], ["Wall time with real fsyncs, the disk's. `begin_trial` and `commit` are two switches; this is one."])  # fmt: skip
+    ], ["Wall time with real fsyncs, the disk's. A trial and its commit are two switches."])  # fmt: skip
 
 
 def _state(store: Store, sha: str) -> bytes:

@@ -95,8 +95,8 @@ def measure(folder: Path, _scale: Scale, server: Server) -> Section:
             update = _poll(fleet, relay)
             stock_update = _stock(folder / "tuf", fleet.device, relay, fetch=True)
     note = (
-        f"The stock client is tuf.ngclient on the plain TUF address of the same server; it asks {stock_idle.request} times "
-        f"when idle and {stock_update.request} times for the update, where ours asks once. Manifests are included."
+        f"The stock client is tuf.ngclient on the same server's plain TUF address; it asks {stock_idle.request} "
+        f"times when idle and {stock_update.request} times for the update, where ours asks once. Manifests are included."
     )
     return Section("Bytes on the wire (one model, HTTP/1.1, heads included, without TLS and TCP)", [
         Row("idle poll, request", idle.up, "B", stock_idle.up, f"{STOCK}, idle", f"<= {UP} B", idle.up <= UP),
@@ -168,7 +168,8 @@ def _granian() -> Iterator[int]:
     with socket.create_server(("127.0.0.1", 0)) as probe:
         port = probe.getsockname()[1]
     command = [sys.executable, "-m", "granian", "--interface", "wsgi", "--no-ws", "--host", "127.0.0.1",
-               "--port", str(port), "--log-level", "error", "--blocking-threads", "4", "fleet.wsgi:application"]  # fmt: skip
+               "--port", str(port), "--log-level", "error", "--blocking-threads", "4",
+               "fleet.wsgi:application"]  # fmt: skip
     process = subprocess.Popen(command, cwd=ROOT, env=dict(os.environ))
     try:
         _wait(port, process)
