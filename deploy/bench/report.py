@@ -1,5 +1,6 @@
 """The table, for the terminal and as the page that is committed."""
 
+import os
 import platform
 from collections.abc import Sequence
 from datetime import UTC, datetime
@@ -46,6 +47,7 @@ def machine() -> list[str]:
         f"CPU: {_field('/proc/cpuinfo', 'model name')}, {cores} cores, shared",
         f"{platform.system()} {platform.release()}, Python {platform.python_version()}",
         packages,
+        f"Load average at the end of the run: {os.getloadavg()[0]:.1f}; what others ran shows in every wall time",
     ]
 
 

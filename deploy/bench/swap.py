@@ -192,7 +192,7 @@ def _rows(name: str, felt: Felt, naive: Felt, limit: int) -> list[Row]:
         Row(f"{name}: p99 of the control", control, "ms", p990, "steady p99"),
         Row(f"{name}: worst during swaps", worst, "ms", worst0, "control's worst", f"<= {WORST:g} ms", worst <= WORST),
         Row(f"{name}: worst, stop-load-start", away, "ms", worst, "our worst"),
-        Row(f"{name}: calls during swaps", calls, "calls", len(felt.control), "control's calls", failed, not felt.errors),
+        Row(f"{name}: calls during swaps", calls, "calls", len(felt.control), "control", failed, not felt.errors),
     ]  # fmt: skip
 
 

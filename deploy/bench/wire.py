@@ -95,8 +95,8 @@ def measure(folder: Path, _scale: Scale, server: Server) -> Section:
             update = _poll(fleet, relay)
             stock_update = _stock(folder / "tuf", fleet.device, relay, fetch=True)
     note = (
-        f"The stock client is tuf.ngclient on the same server's plain TUF address; it asks {stock_idle.request} "
-        f"times when idle and {stock_update.request} times for the update, where ours asks once. Manifests are included."
+        f"The stock client is tuf.ngclient on the plain TUF address; it asks {stock_idle.request} "
+        f"times when idle and {stock_update.request} times for the update, where ours asks once. Manifests included."
     )
     return Section("Bytes on the wire (one model, HTTP/1.1, heads included, without TLS and TCP)", [
         Row("idle poll, request", idle.up, "B", stock_idle.up, f"{STOCK}, idle", f"<= {UP} B", idle.up <= UP),
