@@ -11,7 +11,9 @@ from deploy.bench.measure import Row, Scale, Section, percentile
 from device_sdk.store import Store
 
 LIMIT = 5.0  # ms
-NOTE = "Wall time with real fsyncs: the ratio is ours, the rest the disk's, by its load. A trial and its commit are two switches."
+NOTE = (
+    "Wall time with real fsyncs: the ratio is ours, the rest the disk's, by its load. Trial and commit: two switches."
+)
 
 
 def measure(folder: Path, scale: Scale) -> Section:
