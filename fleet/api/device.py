@@ -1,23 +1,19 @@
 """What devices call: enrol, poll, events. The poll writes nothing but a view that has to be signed anew."""
 
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
-
 from django.conf import settings
 from django.db import transaction
 from django.http import HttpRequest, HttpResponse, JsonResponse
 from django.urls import path
 
 from device_sdk.protocol import fields, limits, polls
-from device_sdk.protocol.assignment import Assignment
 from device_sdk.protocol.errors import ProtocolError
 from device_sdk.protocol.events import EventPost
 from device_sdk.protocol.polls import EnrolRequest, Tag, running_digest
+from fleet.api import composition
 from fleet.api.device_auth import allow, device_view, open_view, read_body
 from fleet.devices import selectors as device_selectors
 from fleet.devices import services as devices
-from fleet.devices.models import Device, RunningSet
-from fleet.feedback import selectors as feedback
+from fleet.devices.models import Device
 from fleet.rollouts import selectors as rollouts
 from fleet.rollouts import services as rollout_services
 from fleet.trust import selectors as trust_selectors
@@ -56,7 +52,7 @@ def poll(request: HttpRequest, device: Device) -> HttpResponse:
     known = device_selectors.running_set(device, tag.runs)
     changed = known is not None and known.pk != device.runs_id
     devices.mark_seen(device.pk, runs=tag.runs if changed else "")
-    assignments = _assignments(device, known)
+    assignments = composition.assignments(device, known.runs if known else None)
     view = trust.current_view(device, assignments)
     headers = {
         "ETag": str(Tag(view.version, tag.runs)),
@@ -81,16 +77,6 @@ def post_events(request: HttpRequest, device: Device) -> HttpResponse:
         new = devices.record_events(device, post, exists=rollouts.releases_exist)
         rollout_services.note_events(device, new)
     return JsonResponse({"accepted": len(new)})
-
-
-def _assignments(device: Device, known: RunningSet | None) -> Sequence[Assignment]:
-    """What to run (rollouts) and what to sample (feedback), which know nothing of each other."""
-    runs: Mapping[str, str] | None = known.runs if known else None
-    sampling = feedback.sampling_for(device)
-    return [
-        replace(assignment, sampling=sampling.get(assignment.model))
-        for assignment in rollouts.assignments_for(device, runs=runs)
-    ]
 
 
 def _tag(request: HttpRequest) -> Tag:
