@@ -64,6 +64,24 @@ def test_writers_and_readers_in_several_processes_pass_each_message_once(tmp_pat
     assert list((tmp_path / "queue").iterdir()) == []
 
 
+def test_a_message_can_be_taken_only_when_it_is_whole(tmp_path, monkeypatch):
+    """Looked at in the worst moment: its file is there, and nothing is in it yet."""
+    write_text, seen = Path.write_text, []
+
+    def interrupted(path: Path, text: str, **options) -> int:
+        path.touch()
+        seen.append(channel._size("celery"))
+        return write_text(path, text, **options)
+
+    with connect(tmp_path) as connection:
+        channel = connection.default_channel
+        monkeypatch.setattr(Path, "write_text", interrupted)
+        channel._put("celery", {"number": 1})
+
+        assert seen == [0]
+        assert channel._size("celery") == 1
+
+
 def test_a_message_that_cannot_be_read_is_dropped_and_the_next_is_given(tmp_path):
     with connect(tmp_path) as connection:
         channel = connection.default_channel
