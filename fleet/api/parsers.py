@@ -1,4 +1,4 @@
-"""Bodies, bounded: what is parsed is held in memory whole, so it has a limit, and texts that every database can keep."""
+"""Bodies, bounded: what is parsed is held in memory whole. And only with texts that every database can keep."""
 
 from typing import Any
 

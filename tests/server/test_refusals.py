@@ -37,7 +37,9 @@ def operate(client: Client) -> Any:
 # --- addresses ---------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("where", ["/api/", "/api/v1/", "/api/device/v2/poll", "/api/ci/v1/models//role", "/tuf/", "/x"])
+@pytest.mark.parametrize(
+    "where", ["/api/", "/api/v1/", "/api/device/v2/poll", "/api/ci/v1/models//role", "/tuf/", "/x"]
+)
 @pytest.mark.parametrize("method", ["GET", "POST", "OPTIONS"])
 def test_an_unknown_address_is_refused_in_json(client: Client, where: str, method: str) -> None:
     assert refusal(client.generic(method, where)) == (404, "not_found")
