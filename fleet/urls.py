@@ -16,3 +16,7 @@ urlpatterns = [
     path("metrics", metrics),
     path("", include("fleet.api.urls")),
 ]
+handler400 = "fleet.api.errors.bad_request"
+handler403 = "fleet.api.errors.denied"
+handler404 = "fleet.api.errors.not_found"
+handler500 = "fleet.api.errors.server_error"
