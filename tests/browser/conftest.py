@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
+from django.core.cache import cache
 from django.utils import timezone
 from playwright.sync_api import Browser, Page, sync_playwright
 
@@ -26,6 +27,12 @@ def _sync_playwright_beside_the_orm() -> Iterator[None]:
     os.environ["DJANGO_ALLOW_ASYNC_UNSAFE"] = "true"
     yield
     del os.environ["DJANGO_ALLOW_ASYNC_UNSAFE"]
+
+
+@pytest.fixture(autouse=True)
+def _fresh_pages() -> None:
+    """A page that took long is kept for a while: on a busy machine, into the next test."""
+    cache.clear()
 
 
 @pytest.fixture(scope="session")

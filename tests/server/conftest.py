@@ -1,6 +1,7 @@
 """Fixtures of this folder."""
 
 import pytest
+from django.core.cache import cache
 
 from fleet.devices import seen
 from fleet.rollouts import snapshots
@@ -10,7 +11,8 @@ from tests.server.batch_world import feedback_world, local_objects  # noqa: F401
 
 @pytest.fixture(autouse=True)
 def nothing_kept_in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No thread writes marks into a test's database, and no test sees another's marks or policy."""
+    """No thread writes marks into a test's database, and no test sees another's marks, policy or pages."""
+    cache.clear()  # a page that took long is kept for a while: on a busy machine, into the next test
     monkeypatch.setattr(seen, "_buffer", seen.SeenBuffer())
     monkeypatch.setattr(seen.Flusher, "ensure", lambda self: None)
     monkeypatch.setattr(snapshots, "_kept", None)
