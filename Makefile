@@ -14,7 +14,7 @@ WORKERS ?= 2
 PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint serve screenshots lock clean
+.PHONY: help demo test lint bench serve screenshots lock clean
 
 help: ## What can be made
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' Makefile
@@ -34,6 +34,9 @@ lint: $(TEST) ## Style, types, import rules, migrations, checks, API schema
 	$(BIN)/python manage.py makemigrations --check --dry-run
 	$(BIN)/python manage.py check
 	$(BIN)/python manage.py spectacular --validate --fail-on-warn --file /dev/null
+
+bench: $(DEMO) ## Measure what it costs beside baselines; writes deploy/bench/RESULTS.md
+	$(BIN)/python -m deploy.bench $(ARGS)
 
 serve: $(DEMO) ## The server alone, on PORT (8000), with its data in var/
 	$(BIN)/python manage.py serve --port $(PORT)

@@ -6,7 +6,7 @@ from typing import Any
 from django import forms
 from django.contrib import messages
 from django.db.models import Model
-from django.http import HttpRequest, HttpResponse, HttpResponseRedirect
+from django.http import Http404, HttpRequest, HttpResponse, HttpResponseRedirect
 from unfold.admin import ModelAdmin
 from unfold.dataclasses import ActionDialog
 from unfold.forms import BaseDialogForm
@@ -26,6 +26,13 @@ class KeptAdmin(ModelAdmin):  # type: ignore[misc]  # unfold ships no types
 
     def has_delete_permission(self, request: HttpRequest, obj: Model | None = None) -> bool:
         return False
+
+    def found(self, request: HttpRequest, object_id: object) -> Any:
+        """The row of an address that may hold anything, as Django's own pages find it. Raises Http404."""
+        row = self.get_object(request, object_id)
+        if row is None:
+            raise Http404
+        return row
 
     def get_actions(self, request: HttpRequest) -> dict[str, Any]:
         """Without the bulk delete, which Django offers by itself."""

@@ -204,6 +204,7 @@ USE_TZ = True
 TIME_ZONE = env.str("FLEET_TIME_ZONE", "UTC")  # of the admin's pages, where the browser does not tell
 LANGUAGE_CODE = "en-gb"
 LOGIN_URL = "admin:login"
+LOGIN_REDIRECT_URL = "admin:index"
 
 BEHIND_TLS: bool = env.bool("FLEET_BEHIND_TLS", PRODUCTION)  # cookies, HSTS, and the proxy's scheme header
 if BEHIND_TLS:
@@ -238,7 +239,8 @@ REST_FRAMEWORK = {
     "DEFAULT_PERMISSION_CLASSES": ["fleet.api.auth.ModelPermissions"],
     "DEFAULT_SCHEMA_CLASS": "drf_spectacular.openapi.AutoSchema",
     "DEFAULT_FILTER_BACKENDS": ["django_filters.rest_framework.DjangoFilterBackend"],
-    "DEFAULT_PAGINATION_CLASS": "rest_framework.pagination.LimitOffsetPagination",
+    "DEFAULT_PAGINATION_CLASS": "fleet.api.pagination.BoundedPages",
+    "DEFAULT_PARSER_CLASSES": ["fleet.api.parsers.BoundedJSON"],
     "DEFAULT_RENDERER_CLASSES": ["rest_framework.renderers.JSONRenderer"],
     "PAGE_SIZE": 100,
     "EXCEPTION_HANDLER": "fleet.api.errors.handle",

@@ -17,6 +17,7 @@ def main() -> int:
     console = Console()
     world = World(var=options.var, port=free_port(options.port))
     story = Story(world, console, devices=options.devices, processes=options.processes)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # also where the shell had set it to be ignored
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that `finally` ends the children
     try:
         story.tell()

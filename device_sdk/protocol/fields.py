@@ -18,7 +18,7 @@ def parse_object(data: bytes | str, *, limit: int, what: str) -> dict[str, Any]:
     if len(data) > limit:
         raise ProtocolError("too_large", f"{what}: expected at most {limit} bytes; got {len(data)}")
     try:
-        value = json.loads(data, parse_constant=_refuse_constant)
+        value = json.loads(data, parse_constant=_refuse_constant, parse_float=_finite)
         _check_texts(value)
     except (ValueError, RecursionError) as error:
         raise ProtocolError("malformed", f"{what}: expected a JSON object; {error}") from error
@@ -70,8 +70,8 @@ def take_int(source: Json, name: str, *, low: int = 0, high: int, default: int |
 
 def take_number(source: Json, name: str, *, low: float, high: float, default: float | None = None) -> float:
     value = source.get(name, default)
-    good = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-    if not good or not low <= value <= high:
+    # Compared before it is converted: a whole number may be larger than any float. NaN is in no range.
+    if not isinstance(value, (int, float)) or isinstance(value, bool) or not low <= value <= high:
         raise ProtocolError("malformed", f"{name}: expected a number from {low} to {high}; got {_shown(value)}")
     return float(value)
 
@@ -93,6 +93,14 @@ def take_bool(source: Json, name: str, *, default: bool = False) -> bool:
     value = source.get(name, default)
     if not isinstance(value, bool):
         raise ProtocolError("malformed", f"{name}: expected true or false; got {_shown(value)}")
+    return value
+
+
+def _finite(text: str) -> float:
+    """`1e999` is good JSON, and infinity to Python."""
+    value = float(text)
+    if math.isinf(value):
+        raise ValueError(f"{text:.20} is too large")
     return value
 
 

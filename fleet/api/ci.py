@@ -6,7 +6,6 @@ from django.http import HttpResponse
 from django.urls import path
 from drf_spectacular.types import OpenApiTypes
 from drf_spectacular.utils import OpenApiResponse, extend_schema
-from rest_framework.parsers import BaseParser, JSONParser
 from rest_framework.request import Request
 from rest_framework.response import Response
 from rest_framework.views import APIView
@@ -15,36 +14,20 @@ from device_sdk.protocol import fields, limits
 from device_sdk.protocol.errors import ProtocolError
 from device_sdk.protocol.names import check_model, check_name
 from fleet.api.auth import ApiTokenAuthentication, MayPublish, covers
-from fleet.errors import Denied, FleetError, NotFound, TooLarge
+from fleet.api.parsers import AnyBytes, ReleaseJSON
+from fleet.errors import Denied, FleetError, NotFound
 from fleet.releases import selectors, services, uploads
 from fleet.trust import selectors as trust_selectors
 
-MAX_BODY = limits.METADATA * 2 + limits.VARIANTS_PER_RELEASE * limits.MANIFEST  # a role and manifests, escaped
 COMPLETE, OFFSET, LENGTH = "Upload-Complete", "Upload-Offset", "Upload-Length"
 RELEASE = OpenApiResponse(OpenApiTypes.OBJECT, "the release: state, reason, variants")
 REFUSAL = OpenApiResponse(OpenApiTypes.OBJECT, "refused: {code, message, detail}")
 
 
-class BoundedJSON(JSONParser):
-    """A JSON object of bounded size, with texts that every database can keep: it is held in memory whole."""
-
-    def parse(self, stream: Any, media_type: Any = None, parser_context: Any = None) -> Any:
-        body = stream.read(MAX_BODY + 1)
-        if len(body) > MAX_BODY:
-            raise TooLarge("too_large", f"body: expected at most {MAX_BODY} bytes")
-        return fields.parse_object(body, limit=MAX_BODY, what="body")
-
-
-class AnyBytes(BaseParser):
-    """A body of any kind that is read as a stream and never parsed."""
-
-    media_type = "*/*"
-
-
 class CiView(APIView):
     authentication_classes = (ApiTokenAuthentication,)
     permission_classes = (MayPublish,)
-    parser_classes: Any = (BoundedJSON,)
+    parser_classes: Any = (ReleaseJSON,)
 
     def check_model(self, model: str) -> str:
         """A legal name, and within the token's models."""
@@ -128,7 +111,7 @@ class ReleaseView(CiView):
     def get(self, request: Request, model: str, version: str) -> Response:
         """State, reason and variants; poll it to wait for validation."""
         self.check_model(model)
-        found = selectors.release(model, version)
+        found = selectors.release(model, check_name(version, "version"))
         if found is None:
             raise NotFound("unknown_release", f"there is no release {version!r} of {model!r}")
         return Response(selectors.describe(found))

@@ -2,8 +2,10 @@
 
 from typing import Any
 
-from django.http import Http404, HttpRequest, JsonResponse
+from django.http import Http404, HttpRequest, HttpResponse, JsonResponse
+from django.views import defaults
 from rest_framework import exceptions
+from rest_framework.renderers import JSONRenderer
 from rest_framework.response import Response
 from rest_framework.views import exception_handler
 
@@ -16,7 +18,11 @@ def body(code: str, message: str, detail: Any = None) -> dict[str, Any]:
 
 
 def handle(error: Exception, context: dict[str, Any]) -> Response | None:
-    """DRF's exception handler: our errors, the protocol's, then DRF's own in the same shape."""
+    """DRF's exception handler: our errors, the protocol's, then DRF's own in the same shape.
+
+    In JSON whatever the view renders: the schema's page would show a refusal as HTML, the schema as YAML.
+    """
+    context["request"].accepted_renderer, context["request"].accepted_media_type = JSONRenderer(), "application/json"
     if isinstance(error, FleetError):
         return Response(body(error.code, error.message, error.detail), status=error.status)
     if isinstance(error, ProtocolError):
@@ -37,8 +43,38 @@ def json_error(error: FleetError | ProtocolError) -> JsonResponse:
     return JsonResponse(body(error.code, error.message), status=413 if error.code == "too_large" else 400)
 
 
-def not_found(request: HttpRequest, exception: Exception) -> JsonResponse:
+# What no view answered, or what broke in one (`handler404` and its like in `fleet/urls.py`). People see pages in the
+# admin; every other address is for machines.
+
+
+def bad_request(request: HttpRequest, exception: Exception) -> HttpResponse:
+    """For instance a host that is not ours. Django logs which; the caller need not know."""
+    if _is_page(request):
+        return defaults.bad_request(request, exception)
+    return JsonResponse(body("bad_request", "this request is not acceptable"), status=400)
+
+
+def denied(request: HttpRequest, exception: Exception) -> HttpResponse:
+    if _is_page(request):
+        return defaults.permission_denied(request, exception)
+    return JsonResponse(body("denied", "you may not do this"), status=403)
+
+
+def not_found(request: HttpRequest, exception: Exception) -> HttpResponse:
+    if _is_page(request):
+        return defaults.page_not_found(request, exception)
     return JsonResponse(body("not_found", f"nothing at {request.path!r:.200}"), status=404)
+
+
+def server_error(request: HttpRequest) -> HttpResponse:
+    """Our fault. The log has the traceback, the answer has not."""
+    if _is_page(request):
+        return defaults.server_error(request)
+    return JsonResponse(body("server_error", "the server failed; its log says why"), status=500)
+
+
+def _is_page(request: HttpRequest) -> bool:
+    return request.path_info.startswith("/admin/")
 
 
 def _shaped(error: Exception) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """Plain TUF addresses: any stock client reads a device's view and the manifests that it names, without headers.
 
 The key in the address grants just that. A wrong one is answered like a wrong name, so that names cannot be probed.
+An address may hold NUL, which PostgreSQL does not take: names are looked up `plain`.
 """
 
 import re
@@ -10,6 +11,7 @@ from django.http.response import HttpResponseBase
 from django.urls import path
 
 from device_sdk.protocol.errors import ProtocolError
+from device_sdk.protocol.fields import plain
 from device_sdk.protocol.names import ReleasePath
 from fleet.api import composition
 from fleet.api.device_auth import allow, open_view
@@ -31,7 +33,7 @@ def metadata(_request: HttpRequest, device: str, key: str, name: str) -> HttpRes
     found = _device(device, key)
     if name == "timestamp.json":
         trust.current_view(found, composition.assignments(found))
-    content = trust_selectors.metadata_file(found, name)
+    content = trust_selectors.metadata_file(found, plain(name))
     if content is None:
         raise NotFound("unknown_metadata", f"there is no {name!r:.80}")
     return HttpResponse(content, content_type="application/json")
@@ -50,7 +52,7 @@ def target(_request: HttpRequest, device: str, key: str, model: str, version: st
 
 
 def _device(name: str, key: str) -> Device:
-    device = Device.objects.filter(name=name, state=Device.State.ACTIVE).first()
+    device = Device.objects.filter(name=plain(name), state=Device.State.ACTIVE).first()
     if device is None or not credentials.check_view_key(device, key):
         raise NotFound("not_found", "no such view")
     return device

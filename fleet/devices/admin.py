@@ -7,7 +7,6 @@ from typing import Any, ClassVar
 from django.contrib import admin
 from django.db.models import Model, Q, QuerySet
 from django.http import HttpRequest, HttpResponse
-from django.shortcuts import get_object_or_404
 from django.template.response import TemplateResponse
 from django.urls import reverse
 from django.utils import timezone
@@ -91,7 +90,7 @@ class DeviceAdmin(ReadOnlyAdmin):
 
     def get_actions_detail(self, request: HttpRequest, object_id: Any) -> list[Any]:
         """Only what the device's state allows; the service has the last word."""
-        device = Device.objects.filter(pk=object_id).first()
+        device = self.get_object(request, object_id)
         wanted = {
             Device.State.PENDING: {"approve", "revoke"},
             Device.State.ACTIVE: {"revoke"},
@@ -109,7 +108,7 @@ class DeviceAdmin(ReadOnlyAdmin):
         ),
     )
     def approve(self, request: HttpRequest, form: CommentForm, object_id: str) -> HttpResponse:
-        device = get_object_or_404(Device, pk=object_id)
+        device = self.found(request, object_id)
         return adminkit.perform(
             request,
             lambda: services.approve(device=device, actor=adminkit.actor(request)),
@@ -131,7 +130,7 @@ class DeviceAdmin(ReadOnlyAdmin):
         ),
     )
     def revoke(self, request: HttpRequest, form: CommentForm, object_id: str) -> HttpResponse:
-        device = get_object_or_404(Device, pk=object_id)
+        device = self.found(request, object_id)
         return adminkit.perform(
             request,
             lambda: services.revoke(device=device, actor=adminkit.actor(request)),
@@ -253,8 +252,8 @@ class EnrolmentTokenAdmin(KeptAdmin):
         return bool(request.user.has_perm("devices.change_enrolmenttoken"))
 
     def get_actions_detail(self, request: HttpRequest, object_id: Any) -> list[Any]:
-        usable = EnrolmentToken.objects.filter(pk=object_id, revoked_at=None).exists()
-        return super().get_actions_detail(request, object_id) if usable else []
+        token = self.get_object(request, object_id)
+        return super().get_actions_detail(request, object_id) if token and token.revoked_at is None else []
 
     @action(
         description="Revoke",
@@ -270,7 +269,7 @@ class EnrolmentTokenAdmin(KeptAdmin):
         ),
     )
     def revoke(self, request: HttpRequest, form: CommentForm, object_id: str) -> HttpResponse:
-        token = get_object_or_404(EnrolmentToken, pk=object_id)
+        token = self.found(request, object_id)
         return adminkit.perform(
             request,
             lambda: services.revoke_token(token=token),

@@ -14,11 +14,11 @@ from django.conf import settings
 from django.db.models import Count, Max, QuerySet
 from django.http import HttpRequest, HttpResponse, JsonResponse
 from django.utils import timezone
-from django.views.decorators.http import require_safe
 from prometheus_client import multiprocess
 from prometheus_client.core import GaugeMetricFamily
 from prometheus_client.registry import Collector
 
+from fleet.api.device_auth import allow
 from fleet.api.errors import body
 from fleet.devices.models import Device
 from fleet.feedback.models import Batch
@@ -30,7 +30,7 @@ PERMISSION = "devices.view_device"
 SEEN_POLLS = 3  # a device counts as online when it was seen within so many poll intervals
 
 
-@require_safe
+@allow("GET", "HEAD")
 def metrics(request: HttpRequest) -> HttpResponse:
     if not _may_read(request):
         return JsonResponse(body("denied", "this needs the metrics token or the right to see devices"), status=403)

@@ -2,7 +2,7 @@
 
 from celery import shared_task
 
-from fleet.releases import services, uploads
+from fleet.releases import services, uploads, validation
 
 
 @shared_task
@@ -12,8 +12,9 @@ def validate(release_pk: int) -> None:
 
 @shared_task
 def sweep() -> int:
-    """Start what is due again, and clear away abandoned uploads. Returns how many releases were due."""
+    """Start what is due again, and clear away abandoned uploads and copies. Returns how many releases were due."""
     uploads.remove_abandoned()
+    validation.remove_leftovers()
     due = services.unvalidated()
     for release_pk in due:
         validate.delay(release_pk)

@@ -6,11 +6,14 @@ Raises only for what is our own fault (the object store is away, no disk): the s
 import hashlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,6 +26,8 @@ from fleet.releases import storage
 
 PROBE = Path(__file__).with_name("onnx_probe.py")
 CHUNK = 1024 * 1024
+LEFT_SECONDS = 3_600  # beyond what a validation may take; its folder is touched with each file
+_PREFIX = "validate-"  # of the folders
 NUMPY_NAMES = {"float": "float32", "double": "float64", "string": "object"}  # the rest are called alike
 
 
@@ -43,7 +48,7 @@ class Finding:
 def examine(manifest: Manifest) -> Finding:
     """Lay the files out beside each other in a private folder, load the entry in a subprocess, compare."""
     settings.INCOMING.mkdir(parents=True, exist_ok=True, mode=0o700)
-    with tempfile.TemporaryDirectory(prefix="validate-", dir=settings.INCOMING) as folder:
+    with tempfile.TemporaryDirectory(prefix=_PREFIX, dir=settings.INCOMING) as folder:
         for file in manifest.files:
             _lay_out(file, Path(folder))
         answer = _run(Path(folder) / manifest.entry)
@@ -58,6 +63,17 @@ def examine(manifest: Manifest) -> Finding:
         "outputs", manifest.outputs, finding.outputs
     )
     return Finding(reason, finding.inputs, finding.outputs, finding.opset)
+
+
+def remove_leftovers(*, older_than: float = LEFT_SECONDS) -> int:
+    """Delete the copies of validations that were killed, for models are large. Returns how many."""
+    count = 0
+    for folder in settings.INCOMING.glob(f"{_PREFIX}*"):
+        with suppress(FileNotFoundError):  # done with in the meantime
+            if time.time() - folder.stat().st_mtime > older_than + settings.VALIDATION_SECONDS:
+                shutil.rmtree(folder)
+                count += 1
+    return count
 
 
 def dtype(onnx_type: str) -> str:

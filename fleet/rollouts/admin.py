@@ -6,7 +6,6 @@ from typing import Any, ClassVar
 from django.contrib import admin, messages
 from django.db.models import Count, Model, Q, QuerySet
 from django.http import HttpRequest, HttpResponse, HttpResponseRedirect
-from django.shortcuts import get_object_or_404
 from unfold.contrib.filters.admin import ChoicesDropdownFilter, RelatedDropdownFilter
 from unfold.decorators import action, display
 from unfold.enums import ActionVariant
@@ -49,8 +48,9 @@ class RolloutAdmin(KeptAdmin):
         return bool(request.user.has_perm("rollouts.operate_rollout"))
 
     def get_actions_detail(self, request: HttpRequest, object_id: Any) -> list[Any]:
-        state = Rollout.objects.filter(pk=object_id).values_list("state", flat=True).first()
-        return [item for item in super().get_actions_detail(request, object_id) if item.path in offered(state)]
+        rollout = self.get_object(request, object_id)
+        offers = offered(rollout.state) if rollout else set()
+        return [item for item in super().get_actions_detail(request, object_id) if item.path in offers]
 
     def get_queryset(self, request: HttpRequest) -> QuerySet[Rollout]:
         rows: QuerySet[Rollout] = super().get_queryset(request)
@@ -156,7 +156,7 @@ class RolloutAdmin(KeptAdmin):
     def _operate(
         self, request: HttpRequest, form: CommentForm, object_id: str, service: Callable[..., object], done: str
     ) -> HttpResponse:
-        rollout = get_object_or_404(Rollout, pk=object_id)
+        rollout = self.found(request, object_id)
         comment = form.cleaned_data["comment"]
         return adminkit.perform(
             request,

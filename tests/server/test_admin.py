@@ -654,3 +654,20 @@ def test_a_data_set_is_downloaded_as_one_zip(fleet, as_user):
 
     assert answer.headers["Content-Type"] == "application/zip"
     assert [archive.read(name) for name in sorted(archive.namelist())] == [b"2026-11-01", b"2026-11-02"]
+
+
+@pytest.mark.parametrize("key", ["x", "%00", "1_2Fy", "9" * 30])
+@pytest.mark.parametrize(
+    "page",
+    [
+        *(f"devices/device/{{}}/{action}" for action in ("change", "approve", "revoke")),
+        *(f"devices/enrolmenttoken/{{}}/{action}" for action in ("change", "revoke")),
+        *(f"rollouts/rollout/{{}}/{action}" for action in ("change", *ACTIONS)),
+    ],
+)
+def test_the_address_of_no_row_is_no_failure(client: Client, page: str, key: str) -> None:
+    """An address may say anything, where a row's key is a number. A failure would be raised right here."""
+    client.force_login(User.objects.create_superuser("root"))
+    where = f"/admin/{page.format(key)}/"
+    assert client.get(where).status_code in {200, 302, 404}
+    assert client.post(where, {"comment": "no"}).status_code in {200, 302, 403, 404}

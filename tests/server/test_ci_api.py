@@ -197,7 +197,7 @@ def test_text_that_no_database_can_keep_is_400(registry: Registry, text: str) ->
 
 
 def test_a_body_over_the_limit_is_413(registry: Registry, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fleet.api.ci.MAX_BODY", 100)
+    monkeypatch.setattr("fleet.api.parsers.ReleaseJSON.limit", 100)
     assert refusal(registry.post("1.0.0", [publish_parts(registry)], "")) == (413, "too_large")
 
 

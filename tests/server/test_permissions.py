@@ -12,6 +12,7 @@ from django.utils import timezone
 from fleet.accounts.models import ApiToken
 from fleet.devices.models import Device
 from fleet.feedback.models import Campaign
+from fleet.releases.models import Model
 from fleet.rollouts.models import Rollout
 from tests.fleet_world import api_token, device, group, operator, outsider, refusal, release, running, user, viewer
 
@@ -59,14 +60,16 @@ def _bearer(token: str) -> dict[str, str]:
     return {"Authorization": f"Bearer {token}"} if token else {}
 
 
+def campaign(model: Model) -> Campaign:
+    return Campaign.objects.create(name="night", model=model, expires_at=timezone.now() + timedelta(days=1))
+
+
 @pytest.fixture
 def world(client: Client) -> World:
     entry, chosen, rollout = device(), group(), running(release("1.0.0"))
-    expires = timezone.now() + timedelta(days=1)
-    campaign = Campaign.objects.create(name="night", model=rollout.release.model, expires_at=expires)
     ids = {
         "device": entry.pk, "group": chosen.pk, "rollout": rollout.pk, "release": rollout.release.pk,
-        "campaign": campaign.pk,
+        "campaign": campaign(rollout.release.model).pk,
     }  # fmt: skip
     return World(client, entry, rollout, ids)
 
@@ -123,9 +126,8 @@ def test_a_form_of_another_site_changes_nothing(world: World) -> None:
     strict.force_login(person)
     assert strict.post(f"/api/v1/rollouts/{world.rollout.pk}/cancel/").status_code == 403
     token = api_token(person, "operate")
-    answer = Client(enforce_csrf_checks=True).post(
-        f"/api/v1/rollouts/{world.rollout.pk}/cancel/", headers={"Authorization": f"Bearer {token}"}
-    )
+    where, headers = f"/api/v1/rollouts/{world.rollout.pk}/cancel/", {"Authorization": f"Bearer {token}"}
+    answer = Client(enforce_csrf_checks=True).post(where, content_type="application/json", headers=headers)
     assert answer.status_code == 200
 
 

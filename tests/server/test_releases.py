@@ -324,6 +324,17 @@ def test_abandoned_uploads_are_removed_but_for_those_in_use(db: None, own_folder
     assert sorted(path.name for path in folder.iterdir()) == ["new.part", "used.part"]
 
 
+def test_the_copies_of_a_killed_validation_are_removed_by_the_sweep(db: None, own_folder: Any) -> None:
+    for name in ("validate-old", "validate-new", "kept"):
+        folder = own_folder / "incoming" / name
+        folder.mkdir(parents=True)
+        (folder / "model.onnx").write_bytes(b"x")
+    for name in ("validate-old", "kept"):
+        os.utime(own_folder / "incoming" / name, (0, 0))
+    tasks.sweep()
+    assert sorted(path.name for path in (own_folder / "incoming").iterdir()) == ["kept", "validate-new"]
+
+
 def test_an_object_moves_across_file_systems_whole(db: None, own_folder: Any, monkeypatch: Any) -> None:
     real = type(own_folder).replace
 

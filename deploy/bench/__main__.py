@@ -1,0 +1,66 @@
+"""`make bench`: measure, print, and write deploy/bench/RESULTS.md. Some three minutes."""
+
+import argparse
+import json
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+from rich.console import Console
+
+from deploy.bench import footprint, poll, report, server, signing, store, swap, wire, wrapper
+from deploy.bench.measure import FULL, TINY, Scale, Section
+
+RESULTS = Path(__file__).with_name("RESULTS.md")
+OF_DEVICES = {"wrapper": wrapper, "swap": swap, "store": store, "memory": footprint}
+OF_SERVERS = {"poll": poll, "signing": signing, "wire": wire}
+NAMES = (*OF_DEVICES, *OF_SERVERS)
+
+
+def main() -> int:
+    options = _options()
+    console = Console(stderr=options.json, width=None if sys.stdout.isatty() else 170)
+    sections = {}
+    with tempfile.TemporaryDirectory(prefix="fleet-bench-") as folder:
+        for name, section in _measure(Path(folder), TINY if options.tiny else FULL, options.only):
+            report.show(console, section)
+            sections[name] = section
+    if options.json:
+        print(json.dumps({name: asdict(section) for name, section in sections.items()}))
+    elif not options.tiny and len(sections) == len(NAMES):
+        RESULTS.write_text(report.page(list(sections.values())))
+        console.print(f"Written to {RESULTS}")
+    return 0
+
+
+def _measure(folder: Path, scale: Scale, names: Sequence[str]) -> Iterator[tuple[str, Section]]:
+    """Devices first: the server's world brings threads and memory of its own."""
+    for name in (name for name in OF_DEVICES if name in names):
+        yield name, OF_DEVICES[name].measure(_make(folder / name), scale)
+    if not set(OF_SERVERS) & set(names):
+        return
+    server.set_up(_make(folder / "var"))
+    world = server.Server()
+    for name in (name for name in OF_SERVERS if name in names):
+        yield name, OF_SERVERS[name].measure(_make(folder / name), scale, world)
+
+
+def _make(folder: Path) -> Path:
+    folder.mkdir()
+    return folder
+
+
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="make bench", description=__doc__)
+    parser.add_argument(
+        "--only", nargs="+", choices=NAMES, default=NAMES, help="these alone; RESULTS.md stays as it is"
+    )
+    parser.add_argument("--tiny", action="store_true", help="a few calls of each, which proves only that they run")
+    parser.add_argument("--json", action="store_true", help="the figures on standard output, and nothing written")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
