@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -161,11 +162,16 @@ def test_a_web_server_that_dies_is_back_soon(sturdy_server):
     family = [web, *web.children(recursive=True)]
     web.kill()
 
-    deadline = time.monotonic() + 30
-    while not answers(f"{url}/healthz"):
-        assert time.monotonic() < deadline
+    until(lambda: not any(runs(member) for member in family))  # first: the old one's orphan answers for a moment yet
+    until(lambda: answers(f"{url}/healthz"))
+    assert [member for member in family if runs(member)] == []
+
+
+def until(holds: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 60
+    while not holds():
+        assert time.monotonic() < deadline, "waited in vain"
         time.sleep(0.05)
-    assert not any(runs(member) for member in family)
 
 
 def answers(url: str) -> bool:
@@ -181,10 +187,8 @@ def test_nothing_outlives_a_server_that_is_killed(own_server):
     os.kill(process.pid, signal.SIGKILL)
     process.wait(40)
 
-    deadline = time.monotonic() + 60
-    while left := [member for member in family if runs(member)]:
-        assert time.monotonic() < deadline, left
-        time.sleep(0.05)
+    until(lambda: not any(runs(member) for member in family))
+    assert [member for member in family if runs(member)] == []
 
 
 def runs(process: psutil.Process) -> bool:
