@@ -9,121 +9,31 @@ Everything appears by rename. A sample may be lost in a power cut (it is one of 
 """
 
 import contextlib
-import io
 import json
 import logging
 import os
 import threading
 import time
-import zipfile
-from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from hashlib import file_digest
 from pathlib import Path
 from random import random, randrange
 from secrets import token_hex
-from typing import Any
-
-import numpy as np
 
 from device_sdk.config import write_durably
 from device_sdk.errors import StorageError
-from device_sdk.protocol import fields, limits
+from device_sdk.intake import Array, Inbox, Intake, Sample
+from device_sdk.packing import BATCH_BYTES, Cover, encode, pack, sample_ids
 from device_sdk.protocol.assignment import Sampling
-from device_sdk.protocol.batches import INDEX, BatchHead, BatchIndex, SampleEntry
+from device_sdk.protocol.batches import BatchHead
 from device_sdk.protocol.errors import ProtocolError
 from device_sdk.protocol.manifest import digest
-from device_sdk.protocol.names import ReleasePath
 from device_sdk.sampling import Reservoir
 
 log = logging.getLogger("device_sdk")
 
-Array = np.ndarray[Any, Any]
 Redact = Callable[[Mapping[str, Array]], Mapping[str, Array]]
-
-QUEUE_SAMPLES = 64
-QUEUE_BYTES = 64 * limits.MIB
-_SAMPLE_INDEX = "sample.json"
-_BATCH_BYTES = limits.BATCH - limits.BATCH_INDEX  # of tensors; the index has its own allowance
-_INDEX_BYTES = limits.BATCH_INDEX // 2
-
-
-@dataclass(frozen=True, slots=True)
-class Sample:
-    """One inference, copied."""
-
-    model: str
-    at: float
-    release: ReleasePath
-    inputs: Mapping[str, Array]
-    outputs: Mapping[str, Array]
-
-    @property
-    def size(self) -> int:
-        return sum(a.nbytes for a in (*self.inputs.values(), *self.outputs.values()))
-
-
-class Inbox:
-    """A bounded queue between calls and the spool's thread. Full: the sample is not taken, and counted."""
-
-    def __init__(self) -> None:
-        self._waiting: deque[Sample] = deque()
-        self._bytes = 0
-        self._missed: dict[str, int] = {}
-        self._changed = threading.Condition()
-
-    def put(self, sample: Sample) -> None:
-        size = sample.size
-        with self._changed:
-            if len(self._waiting) >= QUEUE_SAMPLES or self._bytes + size > QUEUE_BYTES:
-                self._missed[sample.model] = self._missed.get(sample.model, 0) + 1
-                return
-            self._waiting.append(sample)
-            self._bytes += size
-            self._changed.notify()
-
-    def miss(self, model: str) -> None:
-        with self._changed:
-            self._missed[model] = self._missed.get(model, 0) + 1
-
-    def has_room(self) -> bool:
-        return len(self._waiting) < QUEUE_SAMPLES
-
-    def get(self, timeout: float) -> Sample | None:
-        with self._changed:
-            if not self._waiting and not self._changed.wait_for(lambda: bool(self._waiting), timeout):
-                return None
-            sample = self._waiting.popleft()
-            self._bytes -= sample.size
-            return sample
-
-    def take_missed(self) -> dict[str, int]:
-        with self._changed:
-            missed, self._missed = self._missed, {}
-            return missed
-
-
-class Intake:
-    """What a model's calls hand samples to. See `runtime.Sampler`."""
-
-    def __init__(self, model: str, inbox: Inbox) -> None:
-        self.model = model
-        self.rate = 0.0
-        self._inbox = inbox
-
-    def offer(self, release: ReleasePath, inputs: Mapping[str, Array], outputs: Mapping[str, Array]) -> None:
-        """Copy, because the caller may reuse its buffers; never raise, because an inference is not to fail by this."""
-        try:
-            if not self._inbox.has_room():
-                self._inbox.miss(self.model)
-                return
-            taken = {name: np.array(value) for name, value in inputs.items()}
-            sample = Sample(self.model, time.time(), release, taken, _arrays(outputs))
-            self._inbox.put(sample)
-        except Exception:
-            log.exception("a sample of %s was lost", self.model)
-            self._inbox.miss(self.model)
 
 
 @dataclass(frozen=True, slots=True)
@@ -316,8 +226,8 @@ class Spool:
             return
         inputs = sample.inputs if self._redact is None else self._redact(sample.inputs)
         identifier = token_hex(16)
-        data = _encode(identifier, replace(sample, inputs=inputs), sampling.rate)
-        if len(data) > _BATCH_BYTES:
+        data = encode(identifier, replace(sample, inputs=inputs), sampling.rate)
+        if len(data) > BATCH_BYTES:
             raise StorageError(f"{len(data)} bytes do not fit into a batch", code="too_large")
         reservoir, slot = lane.reservoir.place(random())  # noqa: S311  no secret
         if slot is None:
@@ -365,7 +275,8 @@ class Spool:
         probability = max(lane.reservoir.probability(rate), 1e-12)
         identifier = token_hex(16)
         temporary = lane.batches / f".{identifier}.tmp"
-        chosen = _pack(lane, temporary, _Cover(identifier, self._device, min(probability, 1.0)))
+        cover = Cover(identifier, self._device, lane.model, min(probability, 1.0))
+        chosen = pack(temporary, cover, {lane.samples / f"{name}.zip": size for name, size in lane.sizes.items()})
         for name in chosen.broken:
             self._forget(lane, name)
             lane.dropped += 1
@@ -421,97 +332,6 @@ class Spool:
         _write(lane.path / "state.json", json.dumps(state).encode())
 
 
-@dataclass(frozen=True, slots=True)
-class _Cover:
-    """What stands on a batch."""
-
-    id: str
-    device: str
-    probability: float
-
-
-@dataclass
-class _Packed:
-    entries: list[SampleEntry] = field(default_factory=list)
-    broken: list[str] = field(default_factory=list)
-
-
-def _pack(lane: _Lane, target: Path, cover: _Cover) -> _Packed:
-    """Write as many samples as one batch takes. The index comes last, when it is known what could be read."""
-    packed, size, index_size, number = _Packed(), 0, 0, 0
-    with target.open("wb") as file, zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
-        for name, length in lane.sizes.items():
-            if packed.entries and (size + length > _BATCH_BYTES or index_size > _INDEX_BYTES):
-                break
-            if len(packed.entries) == limits.SAMPLES_PER_BATCH:
-                break
-            try:
-                entry, tensors = _decode(lane.samples / f"{name}.zip")
-            except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
-                log.warning("a sample of %s was lost: %s", lane.model, error)
-                packed.broken.append(name)
-                continue
-            members = {old: f"t{number + at}.npy" for at, old in enumerate(tensors)}
-            number += len(tensors)
-            for old, new in members.items():
-                archive.writestr(zipfile.ZipInfo(new), tensors[old])
-            packed.entries.append(_renamed(entry, name, members, cover.probability))
-            size += length
-            index_size += len(fields.canonical(packed.entries[-1].to_json()))
-        index = BatchIndex(cover.id, cover.device, lane.model, tuple(packed.entries))
-        archive.writestr(zipfile.ZipInfo(INDEX), index.to_bytes())
-        archive.close()
-        file.flush()
-        os.fsync(file.fileno())
-    return packed
-
-
-def _renamed(entry: SampleEntry, name: str, members: Mapping[str, str], probability: float) -> SampleEntry:
-    return replace(
-        entry,
-        id=name,
-        probability=probability,
-        inputs={tensor: members[old] for tensor, old in entry.inputs.items()},
-        outputs={tensor: members[old] for tensor, old in entry.outputs.items()},
-    )
-
-
-def _encode(identifier: str, sample: Sample, rate: float) -> bytes:
-    """One sample as a little batch of its own: the same members, one entry."""
-    buffer, number = io.BytesIO(), 0
-    names: dict[str, dict[str, str]] = {"inputs": {}, "outputs": {}}
-    with zipfile.ZipFile(buffer, "w", zipfile.ZIP_STORED) as archive:
-        for part, tensors in (("inputs", sample.inputs), ("outputs", sample.outputs)):
-            for name, tensor in tensors.items():
-                member = f"t{number}.npy"
-                number += 1
-                archive.writestr(zipfile.ZipInfo(member), _npy(tensor))
-                names[part][name] = member
-        entry = SampleEntry(identifier, sample.at, sample.release, max(rate, 1e-12), names["inputs"], names["outputs"])
-        archive.writestr(zipfile.ZipInfo(_SAMPLE_INDEX), fields.canonical(entry.to_json()))
-    return buffer.getvalue()
-
-
-def _decode(path: Path) -> tuple[SampleEntry, dict[str, bytes]]:
-    with zipfile.ZipFile(path) as archive:
-        data = archive.read(_SAMPLE_INDEX)
-        entry = SampleEntry.parse(fields.parse_object(data, limit=limits.BATCH_INDEX, what=_SAMPLE_INDEX))
-        return entry, {name: archive.read(name) for name in (*entry.inputs.values(), *entry.outputs.values())}
-
-
-def _npy(tensor: Array) -> bytes:
-    """Text becomes fixed-width unicode: nothing is pickled here, and nothing would be read that is."""
-    plain = tensor.astype(np.str_) if tensor.dtype.kind == "O" else tensor
-    buffer = io.BytesIO()
-    np.save(buffer, plain, allow_pickle=False)
-    return buffer.getvalue()
-
-
-def _arrays(tensors: Mapping[str, Any]) -> dict[str, Array]:
-    """Copies, of arrays only: sequences and maps, which some classifiers give beside scores, have no `.npy` form."""
-    return {name: np.array(value) for name, value in tensors.items() if isinstance(value, np.ndarray)}
-
-
 def _odds(sampling: Sampling | None) -> tuple[object, ...]:
     return (sampling.campaign, sampling.rate, sampling.max_samples) if sampling else ()
 
@@ -541,13 +361,8 @@ def _load_batches(lane: _Lane) -> None:
             content.unlink(missing_ok=True)
             continue
         lane.sealed[head.id] = Sealed(head, content)
-        for name in _sample_ids(content):  # sealing was cut off before its samples were deleted
+        for name in sample_ids(content):  # sealing was cut off before its samples were deleted
             (lane.samples / f"{name}.zip").unlink(missing_ok=True)
-
-
-def _sample_ids(path: Path) -> Iterator[str]:
-    with contextlib.suppress(OSError, ValueError, KeyError, zipfile.BadZipFile), zipfile.ZipFile(path) as archive:
-        yield from (entry.id for entry in BatchIndex.parse(archive.read(INDEX)).samples)
 
 
 def _load_samples(lane: _Lane) -> None:

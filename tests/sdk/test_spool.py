@@ -10,12 +10,13 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from device_sdk.intake import QUEUE_SAMPLES
 from device_sdk.protocol import limits
 from device_sdk.protocol.assignment import Sampling
 from device_sdk.protocol.batches import INDEX, BatchIndex
 from device_sdk.protocol.manifest import digest
 from device_sdk.protocol.names import ReleasePath
-from device_sdk.spool import QUEUE_SAMPLES, Spool
+from device_sdk.spool import Spool
 
 RELEASE = ReleasePath("detector", "1.0.0", "default")
 CAMPAIGN = Sampling(campaign="night", rate=0.5, max_samples=1_000, expires=2**33)
