@@ -42,6 +42,7 @@ DO: Door = {"POST": OPERATORS}
 ALL = KNOWN | DEVICES | {"nobody", "pending device", "revoked device", "enrolment token"}
 DOORS: dict[str, Door] = {
     "": dict.fromkeys(("GET", "POST", "PUT", "PATCH", "DELETE"), ALL),  # leads to the admin, which asks who it is
+    "favicon.ico": dict.fromkeys(("GET", "POST", "PUT", "PATCH", "DELETE"), ALL),  # leads to a static file
     "metrics": {"GET": PEOPLE},
     "api/device/v1/enrol": {"POST": frozenset({"enrolment token"})},
     "api/device/v1/poll": {"GET": DEVICES, "HEAD": frozenset()},
