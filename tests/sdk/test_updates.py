@@ -183,6 +183,8 @@ def test_release_recalled_in_probation_gives_way_at_once_and_is_not_bad(world):
         fleet.update_once()
         assert answer(fleet) == 2.0
         assert not fleet._store.is_bad(digest(second.to_bytes()))
+        said = [event.kind for event in world.server.events if str(event.release) == "detector/1.1.0/default"]
+        assert said[-1] == "withdrawn"
     with world.open() as fleet:
         assert answer(fleet) == 2.0
 

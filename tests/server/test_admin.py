@@ -82,6 +82,12 @@ def test_an_anonymous_visitor_is_sent_to_the_login(client):
     assert client.get("/admin/").headers["Location"].startswith("/admin/login/")
 
 
+def test_the_login_page_by_itself_leads_to_the_first_page(client):
+    User.objects.create_superuser("root", password="correct-horse")
+    answer = client.post("/admin/login/", {"username": "root", "password": "correct-horse"})
+    assert answer.headers["Location"] == "/admin/"
+
+
 def test_somebody_who_is_not_staff_sees_nothing(fleet, as_user):
     client = as_user("outsider")
 

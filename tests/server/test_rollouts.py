@@ -276,7 +276,8 @@ def test_a_pin_to_what_cannot_run_is_refused(model: str, version: str, code: str
     ("kind", "expected"),
     [
         ("waiting", "updating"), ("downloading", "updating"), ("probation", "updating"), ("committed", "committed"),
-        ("failed", "failed"), ("rolled_back", "failed"), ("health", None), ("refused", None),
+        ("failed", "failed"), ("rolled_back", "failed"), ("withdrawn", "withdrawn"), ("health", None),
+        ("refused", None),
     ],
 )  # fmt: skip
 def test_only_committed_is_success_and_only_failures_are_failures(kind: str, expected: str | None) -> None:
@@ -290,7 +291,8 @@ def test_only_committed_is_success_and_only_failures_are_failures(kind: str, exp
     [
         (["probation", "committed"], "committed"), (["committed", "downloading"], "committed"),
         (["committed", "rolled_back"], "failed"), (["failed", "committed"], "failed"),
-        (["failed", "downloading"], "failed"),
+        (["failed", "downloading"], "failed"), (["failed", "withdrawn"], "failed"),
+        (["committed", "withdrawn"], "committed"), (["withdrawn", "downloading"], "updating"),
     ],
 )  # fmt: skip
 def test_an_outcome_never_improves_after_a_failure(kinds: list[str], expected: str) -> None:
@@ -662,6 +664,21 @@ def test_progress_counts_the_devices_of_the_group() -> None:
     assert (progress.total, progress.admitted, progress.waiting) == (5, 5, 2)
     assert (progress.committed, progress.failed, progress.updating) == (1, 1, 1)
     assert progress.percent == 20
+
+
+def test_a_recalled_device_is_neither_success_nor_failure_and_a_stage_waits_for_it() -> None:
+    entries = devices(2)
+    rollout = running(release("1.1.0"), stages=[StagePlan(100, success_threshold=1.0)])
+    report("probation", rollout, entries[0])
+    report("withdrawn", rollout, entries[0])
+    report("committed", rollout, entries[1])
+    progress = selectors.progress(fresh(rollout))
+    assert (progress.withdrawn, progress.updating, progress.failed, progress.waiting) == (1, 0, 0, 0)
+    services.tick()
+    assert fresh(rollout).state == State.RUNNING
+    report("committed", rollout, entries[0])
+    services.tick()
+    assert fresh(rollout).state == State.COMPLETED
 
 
 def test_progress_of_a_halted_rollout_tells_how_many_had_been_exposed() -> None:

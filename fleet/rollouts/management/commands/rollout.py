@@ -52,8 +52,14 @@ class Command(BaseCommand):
                 self._create(**options)
             else:
                 self._act(command, **options)
-        except (FleetError, Release.DoesNotExist, Group.DoesNotExist, Rollout.DoesNotExist) as error:
-            raise CommandError(str(error)) from error
+        except FleetError as error:
+            raise CommandError(error.message) from error
+        except Release.DoesNotExist as error:
+            raise CommandError(f"there is no release {options['model']} {options['version']}") from error
+        except Group.DoesNotExist as error:
+            raise CommandError(f"there is no group {options['group']!r}") from error
+        except Rollout.DoesNotExist as error:
+            raise CommandError(f"there is no rollout {options['rollout']}; see `rollout list`") from error
 
     def _list(self) -> None:
         for rollout in Rollout.objects.select_related("release__model", "group"):
