@@ -25,12 +25,14 @@ from device_sdk.protocol.errors import ProtocolError
 from device_sdk.protocol.names import check_model
 from fleet import presentation
 from fleet.accounts import services
-from fleet.accounts.models import OPERATE, PUBLISH, READ, SCOPES, ApiToken
+from fleet.accounts.models import MIRROR, OPERATE, PUBLISH, READ, SCOPES, SIGN, ApiToken
 
 _MEANING = {
     PUBLISH: "upload releases, for CI",
+    SIGN: "add signatures to what CI proposes, for the second person",
     OPERATE: "plan and operate rollouts, as a member of Operators",
     READ: "look at everything, as a member of Viewers",
+    MIRROR: "fetch files of valid releases, for a cache near the devices",
 }
 
 admin.site.unregister(User)
@@ -59,7 +61,7 @@ class NewTokenForm(forms.ModelForm):  # type: ignore[type-arg]
     models_allowed = forms.CharField(
         label="Models",
         required=False,
-        help_text="Names, separated by commas; empty: every model. Limits publishing only.",
+        help_text="Names, separated by commas; empty: every model. Limits publishing and signing only.",
         widget=UnfoldAdminTextInputWidget,
     )
 

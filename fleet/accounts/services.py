@@ -9,7 +9,9 @@ from django.db import transaction
 from django.db.models import Q
 
 from device_sdk.protocol.names import check_model
-from fleet.accounts.models import OPERATE, PUBLISH, SCOPES, ApiToken
+from fleet.accounts.models import MIRROR, OPERATE, PUBLISH, SCOPES, SIGN, ApiToken
+from fleet.audit.context import by_definition
+from fleet.audit.services import record
 from fleet.errors import Invalid
 
 VIEWERS, OPERATORS = "Viewers", "Operators"
@@ -28,10 +30,13 @@ OPERATOR_PERMISSIONS = (
     "change_device",
     "add_enrolmenttoken",
     "change_enrolmenttoken",
+    "withdraw_release",
     "add_campaign",
     "change_campaign",
+    "delete_pendingrole",  # withdraw what is proposed and not signed
+    "export_auditentry",
 )
-OURS = ("devices", "releases", "trust", "rollouts", "feedback", "accounts")
+OURS = ("devices", "releases", "trust", "rollouts", "feedback", "accounts", "audit")
 
 
 @transaction.atomic
@@ -54,7 +59,24 @@ def create_token(
         scopes=sorted(set(scopes)),
         models_allowed=sorted({check_model(model) for model in models}),
     )
+    _note("api_token.created", token)
     return token, text
+
+
+def note_deleted(instance: ApiToken, **_: object) -> None:
+    """However it went: revoked by a person, expired and cleared away by knox, or with its user."""
+    _note("api_token.deleted", instance)
+
+
+def _note(action: str, token: ApiToken) -> None:
+    detail = {
+        "user": token.user.get_username(),
+        "starts_with": token.token_key,
+        "scopes": token.scopes,
+        "models": token.models_allowed or "all",
+        "expires": token.expiry,
+    }
+    record(action, target=token.name, detail=detail)
 
 
 def _service_account(name: str, scopes: Sequence[str]) -> User:
@@ -63,7 +85,7 @@ def _service_account(name: str, scopes: Sequence[str]) -> User:
     if created:
         user.set_unusable_password()
         user.save(update_fields=["password"])
-    groups = {OPERATORS} if OPERATE in scopes else set() if set(scopes) == {PUBLISH} else {VIEWERS}
+    groups = {OPERATORS} if OPERATE in scopes else set() if set(scopes) <= {PUBLISH, SIGN, MIRROR} else {VIEWERS}
     user.groups.set(Group.objects.filter(name__in=groups))
     return user
 
@@ -72,6 +94,11 @@ def grant_group_permissions(sender: AppConfig, *, using: str, **_: object) -> No
     """After an app's migrations: Viewers may look at all of it, Operators may operate besides. Safe to repeat."""
     if sender.label not in OURS:
         return
+    with by_definition():  # what a version brings along is nobody's doing
+        _grant(sender, using)
+
+
+def _grant(sender: AppConfig, using: str) -> None:
     own = Permission.objects.using(using).filter(content_type__app_label=sender.label)
     looking = Q(codename__startswith="view_")
     for name, wanted in ((VIEWERS, looking), (OPERATORS, looking | Q(codename__in=OPERATOR_PERMISSIONS))):

@@ -82,8 +82,15 @@ def external_locations(message: Any) -> Iterator[str]:
                 pending.extend([value] if hasattr(value, "DESCRIPTOR") else value)
 
 
-def _check_location(folder: Path, location: str) -> None:
-    if location in {"", ".", ".."} or "/" in location or "\\" in location or "\0" in location:
+def _check_location(folder: Path, location: str | bytes) -> None:
+    """Protobuf gives bytes where the text is no UTF-8."""
+    if (
+        isinstance(location, bytes)
+        or location in {"", ".", ".."}
+        or "/" in location
+        or "\\" in location
+        or "\0" in location
+    ):
         raise RefusedError(
             f"external data: expected the plain name of one of the release's files; got {location!r:.120}"
         )

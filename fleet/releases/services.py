@@ -1,6 +1,6 @@
 """Publish releases as CI signed them, validate them, revoke them. A published release never changes, only its state."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -11,22 +11,34 @@ from django.utils import timezone
 
 from device_sdk.protocol import limits
 from device_sdk.protocol.errors import ProtocolError
-from device_sdk.protocol.manifest import Manifest, digest
+from device_sdk.protocol.manifest import Attachment, FileEntry, Manifest, digest
 from device_sdk.protocol.names import ReleasePath, check_model, check_name
+from fleet.audit.services import record
 from fleet.errors import Invalid, NotFound
-from fleet.releases import storage, uploads, validation
+from fleet.releases import provenance, signals, storage, uploads, validation
+from fleet.releases.deltas import services as deltas
 from fleet.releases.models import Artifact, Model, Release, Variant
 from fleet.trust import selectors as trust_selectors
 from fleet.trust import services as trust
 
 receive_blob = uploads.receive
 MAX_ATTEMPTS = 5
+UNSIGNED = (Release.State.PENDING, Release.State.WITHDRAWN)  # no role has listed it yet
 
 
 @dataclass(frozen=True, slots=True)
 class Published:
     release: Release
     created: bool  # False: the same thing was published before
+    change: "RoleChange | None" = None  # None: the role that came was not looked at
+
+
+@dataclass(frozen=True, slots=True)
+class RoleChange:
+    """What a role that came has done, and which releases lost their place in a proposal by it."""
+
+    role: trust.Change
+    superseded: tuple[str, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,8 +57,18 @@ class _Offer:
 
 def create_model(*, name: str, description: str = "") -> Model:
     """Make a model's row, or find it. Its releases need a delegation besides: `trust_add_model`."""
-    model, _ = Model.objects.get_or_create(name=check_model(name), defaults={"description": description})
+    with transaction.atomic():
+        model, created = Model.objects.get_or_create(name=check_model(name), defaults={"description": description})
+        if created:
+            record("model.created", target=name, detail={"description": description})
     return model
+
+
+@transaction.atomic
+def describe_model(*, model: Model, description: str) -> None:
+    model.description = description
+    model.save(update_fields=["description"])
+    record("model.described", target=model.name, detail={"description": description})
 
 
 def publish_release(
@@ -56,9 +78,10 @@ def publish_release(
 
     1. manifests parse and belong to this model, version and variant
     2. the version is there already: the same bytes are harmless, others are `version_exists`
-    3. every file was uploaded and has the length that the manifest states
+    3. every file was uploaded and has the length that the manifest states; what is attached can be read, and a model
+       signature is one of these very files
     4. the role is well signed, changes no release, and adds exactly these manifests
-    5. releases that the role no longer lists are revoked
+    5. enough keys have signed: releases that the role no longer lists are revoked; too few: the release waits
     """
     offers = _parse(model, version, manifests)
     if not trust_selectors.is_delegated(model):
@@ -66,40 +89,87 @@ def publish_release(
     create_model(name=model)
     with transaction.atomic():
         line = Model.objects.select_for_update().get(name=model)  # publications of one model stand in a queue
-        present = Release.objects.filter(model=line, version=version).first()
-        if present is not None:
-            return Published(_same(present, offers), created=False)
+        release = Release.objects.filter(model=line, version=version).first()
+        created = release is None
+        if release is not None and _same(release, offers).state not in UNSIGNED:
+            return Published(release, created=False)
         artifacts = _artifacts(offers)
-        change = trust.accept_role_change(model, role.encode())
+        attached = {offer.manifest.path.variant: provenance.read(offer.manifest, line) for offer in offers}
+        change = trust.receive_role(model, role.encode(), by=published_by)
         _check_added(change.added, offers)
-        _revoke_removed(line, change.removed, change.row.version)
-        release = Release.objects.create(
-            model=line, version=version, signed_by=list(change.signed_by), published_by=published_by[:200]
-        )
-        for offer in offers:
-            _create_variant(release, offer, artifacts)
-        wake_validation(release.pk)
-    return Published(release, created=True)
+        if release is None:
+            release = Release.objects.create(
+                model=line, version=version, state=Release.State.PENDING, published_by=published_by[:200]
+            )
+            for offer in offers:
+                provenance.keep(_create_variant(release, offer, artifacts), attached[offer.manifest.path.variant])
+        done = _apply(line, change)
+        detail = {
+            "variants": {offer.manifest.path.variant: offer.entry[1] for offer in offers},
+            "signed_by": list(change.signatures.signed),
+            "role_version": change.version,
+        }
+        record("release.proposed" if change.is_pending else "release.published", target=release, detail=detail)
+        if change.is_pending:
+            wake_validation(release.pk)
+    release.refresh_from_db()
+    return Published(release, created, done)
 
 
 @transaction.atomic
-def update_role(*, model: str, role: str) -> trust.Accepted:
-    """Take in a role that adds nothing: signed anew before it expires, or with releases removed (revoked)."""
-    line = Model.objects.select_for_update().filter(name=model).first()
-    change = trust.accept_role_change(model, role.encode())
-    _check_added(change.added, [])
-    if line is not None:
-        _revoke_removed(line, change.removed, change.row.version)
-    return change
+def update_role(*, model: str, role: str, by: str = "", only_add: bool = False) -> RoleChange:
+    """Take in a role that lists nothing unknown: signed anew, with releases removed, or signatures of a proposal.
 
-
-def revoke(*, release: Release, reason: str) -> bool:
-    """Take a release out of use on this server. False: it was revoked already.
-
-    Only CI can revoke it for good, by leaving it out of its role: this needs no CI key and binds no device.
+    `only_add`: signatures of the proposal that is there, and nothing else.
     """
-    changed = Release.objects.filter(pk=release.pk).exclude(state=Release.State.REVOKED)
-    return bool(changed.update(state=Release.State.REVOKED, reason=reason))
+    line = Model.objects.select_for_update().filter(name=model).first()
+    change = trust.receive_role(model, role.encode(), by=by, only_add=only_add)
+    _check_added(change.added, _unsigned_offers(line, change.added))
+    return _apply(line, change) if line is not None else RoleChange(change, ())
+
+
+@transaction.atomic
+def withdraw_proposal(*, model: str, signed_sha256: str, by: str, comment: str) -> None:
+    """Delete a proposed role, which binds nobody; its release waits no longer. The same may be proposed again."""
+    if not comment.strip():
+        raise Invalid("comment_missing", "comment: expected why the proposal is withdrawn; got nothing")
+    line = Model.objects.select_for_update().filter(name=model).first()
+    trust.withdraw_proposal(model=model, signed_sha256=signed_sha256)
+    record("role.proposal_withdrawn", target=model, detail={"signed_sha256": signed_sha256}, comment=comment.strip())
+    if line is not None:
+        _withdraw(line, frozenset(), f"withdrawn by {by}: {comment.strip()}")
+
+
+@transaction.atomic
+def revoke(*, release: Release, reason: str) -> bool:
+    """Withdraw a release on this server: for good, and nothing here gives it to a device again. False: it was revoked.
+
+    It needs no CI key, so it binds this server only: devices would still install it if a stolen online key said so.
+    Only CI can take that away, by leaving it out of its role; see `update_role`.
+    """
+    return _mark_revoked(release, reason, Release.RevokedBy.SERVER)
+
+
+@transaction.atomic
+def end_undelegated(*, delegated: Collection[str]) -> list[str]:
+    """Revoke what nobody may sign any more, as when a key ceremony has taken a model out. The releases it ended.
+
+    Devices that still have such a model would refuse a view that names one of its releases, and all else in it.
+    """
+    living = Release.objects.exclude(state=Release.State.REVOKED).exclude(model__name__in=delegated)
+    reason = "targets delegates this model to nobody any more"
+    return [str(row) for row in living.select_related("model") if _mark_revoked(row, reason, Release.RevokedBy.KEYS)]
+
+
+@transaction.atomic
+def set_when_nothing(*, model: Model, policy: str) -> None:
+    """What devices do when nothing of the model may run: keep serving the last release, or stop it."""
+    if policy not in Model.WhenNothing.values:
+        raise Invalid("malformed", f"when_nothing: expected one of {Model.WhenNothing.values}; got {policy!r:.40}")
+    if Model.objects.filter(pk=model.pk).exclude(when_nothing=policy).update(when_nothing=policy):
+        record("model.when_nothing", target=model.name, detail={"policy": policy})
+        signals.when_nothing_changed.send(Model, model=model)
+    model.when_nothing = policy
 
 
 def validate_release(release_pk: int) -> None:
@@ -125,13 +195,16 @@ def validate_variant(variant: Variant) -> bool:
 
 
 def unvalidated() -> list[int]:
-    """Releases whose validation is due: nobody works on one of their variants."""
+    """Releases whose validation is due: nobody works on one of their variants. Also while signatures are missing:
+    whoever signs second wants to know what was found, and the release is ready once it is signed.
+    """
     due = Q(variants__state=Variant.State.PENDING) & (
         Q(variants__claimed_at=None) | Q(variants__claimed_at__lt=timezone.now() - _lease())
     )
     decided = ~Q(variants__state=Variant.State.PENDING)
-    releases = Release.objects.filter(state=Release.State.VALIDATING)
-    return list(releases.filter(due | decided).values_list("pk", flat=True).distinct())
+    validating = Q(state=Release.State.VALIDATING) & (due | decided)
+    pending = Q(state=Release.State.PENDING) & (due | Q(variants__state=Variant.State.INVALID))
+    return list(Release.objects.filter(validating | pending).values_list("pk", flat=True).distinct())
 
 
 def wake_validation(release_pk: int) -> None:
@@ -162,7 +235,9 @@ def _parse_one(path: ReleasePath, text: str) -> _Offer:
 
 
 def _same(release: Release, offers: Sequence[_Offer]) -> Release:
-    """A repeated publication is the same one, or it is refused."""
+    """A repeated publication is the same one, or it is refused; so is one that was revoked since."""
+    if release.state == Release.State.REVOKED:
+        raise Invalid("release_revoked", f"{release} was revoked; that is for good. Publish a new version")
     held = dict(release.variants.values_list("name", "manifest_sha256"))
     if held != {offer.manifest.path.variant: offer.entry[1] for offer in offers}:
         raise Invalid(
@@ -172,7 +247,10 @@ def _same(release: Release, offers: Sequence[_Offer]) -> Release:
 
 
 def _artifacts(offers: Sequence[_Offer]) -> dict[str, Artifact]:
-    files = {file.sha256: file for offer in offers for file in offer.manifest.files}
+    named: list[FileEntry | Attachment] = []
+    for offer in offers:
+        named += [*offer.manifest.files, *offer.manifest.attachments]
+    files = {item.sha256: item for item in named}
     found = Artifact.objects.in_bulk(list(files))
     for sha256, file in files.items():
         if sha256 not in found or not storage.exists(storage.blob_name(sha256)):
@@ -197,13 +275,61 @@ def _check_added(added: Mapping[str, tuple[int, str]], offers: Sequence[_Offer])
             raise Invalid("wrong_target", f"role: {path!r} has not the length and sha256 of the manifest that came")
 
 
+def _unsigned_offers(line: Model | None, added: Mapping[str, tuple[int, str]]) -> list[_Offer]:
+    """What the releases that `added` names were published with, as far as no role has listed them yet."""
+    versions = {ReleasePath.parse(path).version for path in added}
+    variants = Variant.objects.filter(
+        release__model=line, release__version__in=versions, release__state__in=(*UNSIGNED, Release.State.INVALID)
+    )
+    return [_Offer(Manifest.parse(variant.manifest.encode()), variant.manifest) for variant in variants]
+
+
+def _apply(line: Model, change: trust.Change) -> RoleChange:
+    """Bring the releases in step with a role that came: listed, or proposed; what was proposed before has lost."""
+    versions = frozenset(ReleasePath.parse(path).version for path in change.added)
+    listed = Release.objects.filter(model=line, version__in=versions)
+    listed.update(signed_by=list(change.signatures.signed))
+    if change.is_pending:
+        listed.filter(state=Release.State.WITHDRAWN).update(state=Release.State.PENDING, reason="")
+        standing = "the proposal of"
+    else:
+        listed.filter(state__in=UNSIGNED).update(state=Release.State.VALIDATING, reason="")
+        for pk in listed.values_list("pk", flat=True):
+            wake_validation(pk)
+        _revoke_removed(line, change.removed, change.version)
+        standing = "the signing of"
+    return RoleChange(change, _withdraw(line, versions, f"superseded by {standing} role version {change.version}"))
+
+
+def _withdraw(line: Model, but: frozenset[str], reason: str) -> tuple[str, ...]:
+    """Pending releases whose proposal is gone wait no longer; which they are is told, and stands on their page."""
+    rows = Release.objects.filter(model=line, state=Release.State.PENDING).exclude(version__in=but)
+    versions = tuple(sorted(rows.values_list("version", flat=True)))
+    rows.update(state=Release.State.WITHDRAWN, reason=reason)
+    return versions
+
+
 def _revoke_removed(line: Model, removed: frozenset[str], version: int) -> None:
     names = {ReleasePath.parse(path).version for path in removed}
-    gone = Release.objects.filter(model=line, version__in=names).exclude(state=Release.State.REVOKED)
-    gone.update(state=Release.State.REVOKED, reason=f"CI removed it from its role in version {version}")
+    for release in Release.objects.filter(model=line, version__in=names).select_related("model"):
+        _mark_revoked(release, f"CI removed it from its role in version {version}", Release.RevokedBy.CI)
 
 
-def _create_variant(release: Release, offer: _Offer, artifacts: Mapping[str, Artifact]) -> None:
+def _mark_revoked(release: Release, reason: str, by: Release.RevokedBy) -> bool:
+    """Claim it, tell the rollouts. What a person withdrew here, CI may still revoke: that says more."""
+    if by != Release.RevokedBy.SERVER:
+        withdrawn = Release.objects.filter(pk=release.pk, state=Release.State.REVOKED)
+        if withdrawn.filter(revoked_by=Release.RevokedBy.SERVER).update(revoked_by=by, reason=reason):
+            record("release.revoked", target=release, detail={"was": release.state, "by": by.value}, comment=reason)
+    changes = {"state": Release.State.REVOKED, "reason": reason, "revoked_by": by, "revoked_at": timezone.now()}
+    if not Release.objects.filter(pk=release.pk).exclude(state=Release.State.REVOKED).update(**changes):
+        return False
+    record("release.revoked", target=release, detail={"was": release.state, "by": by.value}, comment=reason)
+    signals.revoked.send(Release, release=release, reason=reason)
+    return True
+
+
+def _create_variant(release: Release, offer: _Offer, artifacts: Mapping[str, Artifact]) -> Variant:
     length, sha256 = offer.entry
     variant = Variant.objects.create(
         release=release,
@@ -214,6 +340,7 @@ def _create_variant(release: Release, offer: _Offer, artifacts: Mapping[str, Art
         size=offer.manifest.length,
     )
     variant.artifacts.set({artifacts[file.sha256] for file in offer.manifest.files})
+    return variant
 
 
 def _lease() -> timedelta:
@@ -257,5 +384,13 @@ def _conclude(release_pk: int) -> None:
     if not bad and any(variant.state == Variant.State.PENDING for variant in variants):
         return
     state = Release.State.INVALID if bad else Release.State.VALID
-    waiting = Release.objects.filter(pk=release_pk, state=Release.State.VALIDATING)
-    waiting.update(state=state, reason="\n".join(bad))
+    deciding = (Release.State.VALIDATING, Release.State.PENDING) if bad else (Release.State.VALIDATING,)
+    waiting = Release.objects.filter(pk=release_pk, state__in=deciding)  # a good one that is unsigned goes on waiting
+    with transaction.atomic():  # a release that is valid has its patches ordered
+        if not waiting.update(state=state, reason="\n".join(bad)):
+            return
+        release = Release.objects.select_related("model").get(pk=release_pk)
+        record(f"release.found_{state.value}", target=release, detail={"reason": release.reason[:500]})
+        if state == Release.State.VALID:
+            deltas.order(release=release)
+            deltas.wake()

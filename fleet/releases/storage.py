@@ -10,6 +10,7 @@ from pathlib import Path
 from tempfile import NamedTemporaryFile
 from typing import IO, Any, cast
 
+from botocore.exceptions import BotoCoreError, ClientError
 from django.conf import settings
 from django.core.files import File
 from django.core.files.storage import FileSystemStorage, Storage, storages
@@ -52,6 +53,20 @@ def local_path(name: str) -> Path:
 
 def open_object(name: str) -> IO[bytes]:
     return cast("IO[bytes]", store().open(name, "rb"))
+
+
+def open_range(name: str, start: int, end: int) -> IO[bytes]:
+    """Bytes `start` to `end` (excluded) of an object, and of S3 no more than these. Raises OSError."""
+    if is_local():
+        file = open_object(name)
+        file.seek(start)
+        return file
+    storage = cast("Any", store())
+    try:
+        found = storage.bucket.Object(name).get(Range=f"bytes={start}-{end - 1}")
+    except (ClientError, BotoCoreError) as error:
+        raise OSError(errno.EIO, str(error), name) from error
+    return cast("IO[bytes]", found["Body"])
 
 
 def exists(name: str) -> bool:

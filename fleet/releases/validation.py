@@ -12,7 +12,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -28,6 +28,7 @@ PROBE = Path(__file__).with_name("onnx_probe.py")
 CHUNK = 1024 * 1024
 LEFT_SECONDS = 3_600  # beyond what a validation may take; its folder is touched with each file
 _PREFIX = "validate-"  # of the folders
+PATCH_PREFIX = "patch-"  # of those in which patches are made, which are as large
 NUMPY_NAMES = {"float": "float32", "double": "float64", "string": "object"}  # the rest are called alike
 
 
@@ -50,7 +51,7 @@ def examine(manifest: Manifest) -> Finding:
     settings.INCOMING.mkdir(parents=True, exist_ok=True, mode=0o700)
     with tempfile.TemporaryDirectory(prefix=_PREFIX, dir=settings.INCOMING) as folder:
         for file in manifest.files:
-            _lay_out(file, Path(folder))
+            lay_out(file, Path(folder))
         answer = _run(Path(folder) / manifest.entry)
     if isinstance(answer, str):
         return Finding(reason=answer)
@@ -67,10 +68,10 @@ def examine(manifest: Manifest) -> Finding:
 
 def remove_leftovers(*, older_than: float = LEFT_SECONDS) -> int:
     """Delete the copies of validations that were killed, for models are large. Returns how many."""
-    count = 0
-    for folder in settings.INCOMING.glob(f"{_PREFIX}*"):
+    count, limit = 0, older_than + max(settings.VALIDATION_SECONDS, settings.PATCH_SECONDS)
+    for folder in (path for prefix in (_PREFIX, PATCH_PREFIX) for path in settings.INCOMING.glob(f"{prefix}*")):
         with suppress(FileNotFoundError):  # done with in the meantime
-            if time.time() - folder.stat().st_mtime > older_than + settings.VALIDATION_SECONDS:
+            if time.time() - folder.stat().st_mtime > limit:
                 shutil.rmtree(folder)
                 count += 1
     return count
@@ -82,8 +83,8 @@ def dtype(onnx_type: str) -> str:
     return NUMPY_NAMES.get(bare, bare)[:32]
 
 
-def _lay_out(file: FileEntry, folder: Path) -> None:
-    """Copy, hashing on the way: the probe must load the very bytes that are signed."""
+def lay_out(file: FileEntry, folder: Path) -> None:
+    """Copy, hashing on the way: what runs on it must get the very bytes that are signed."""
     digest = hashlib.sha256()
     try:
         with storage.open_object(storage.blob_name(file.sha256)) as source, (folder / file.name).open("xb") as target:
@@ -98,25 +99,33 @@ def _lay_out(file: FileEntry, folder: Path) -> None:
 
 def _run(entry: Path) -> dict[str, Any] | str:
     """The probe's answer, or the reason why the model does not load."""
-    command = [sys.executable, "-I", str(PROBE), str(entry), str(settings.VALIDATION_MEMORY)]
-    with tempfile.TemporaryFile(dir=entry.parent) as output:
+    command = [str(PROBE), str(entry), str(settings.VALIDATION_MEMORY), str(settings.VALIDATION_SECONDS)]
+    done = run_script(command, folder=entry.parent, seconds=settings.VALIDATION_SECONDS)
+    if done is None:
+        return f"it did not load within {settings.VALIDATION_SECONDS} s"
+    return _read(*done)
+
+
+def run_script(command: Sequence[str], *, folder: Path, seconds: float) -> tuple[int, bytes] | None:
+    """Run a script of ours in a process of its own. Its exit code and output; None: it was killed after `seconds`."""
+    with tempfile.TemporaryFile(dir=folder) as output:
         process = subprocess.Popen(
-            [*command, str(settings.VALIDATION_SECONDS)],
+            [sys.executable, "-I", *command],
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=subprocess.DEVNULL,
-            cwd=entry.parent,
+            cwd=folder,
             env=_environment(),
             start_new_session=True,
         )
         try:
-            code = process.wait(settings.VALIDATION_SECONDS)
+            code = process.wait(seconds)
         except subprocess.TimeoutExpired:
-            return f"it did not load within {settings.VALIDATION_SECONDS} s"
+            return None
         finally:
             _end(process)
         output.seek(0)
-        return _read(code, output.read())
+        return code, output.read()
 
 
 def _end(process: "subprocess.Popen[bytes]") -> None:

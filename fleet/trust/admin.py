@@ -4,15 +4,18 @@ import json
 from typing import ClassVar
 
 from django.contrib import admin
+from django.core.exceptions import PermissionDenied
 from django.db.models import OuterRef, QuerySet, Subquery
-from django.http import HttpRequest
+from django.http import HttpRequest, HttpResponse
+from django.template.response import TemplateResponse
+from django.urls import URLPattern, path
 from django.utils import timezone
 from django.utils.html import format_html
 from unfold.decorators import display
 
 from fleet import presentation
 from fleet.adminkit import ReadOnlyAdmin
-from fleet.trust import selectors
+from fleet.trust import selectors, standing
 from fleet.trust.models import RoleMetadata
 
 
@@ -24,6 +27,26 @@ class RoleMetadataAdmin(ReadOnlyAdmin):
     ordering: ClassVar = ["role", "-version"]
     fields = ("role", "version", "standing", "key_ids", "signed", "expires", "signed_text")
     readonly_fields: ClassVar = ["standing", "key_ids", "signed", "expires", "signed_text"]
+
+    def get_urls(self) -> list[URLPattern]:
+        page = path("overview/", self.admin_site.admin_view(self.overview), name="trust_overview")
+        return [page, *super().get_urls()]
+
+    def overview(self, request: HttpRequest) -> HttpResponse:
+        """Each role: who holds it, until when, who must act. Nobody signs here."""
+        if not self.has_view_permission(request):
+            raise PermissionDenied
+        now = timezone.now()
+        context = {
+            **self.admin_site.each_context(request),
+            "title": "Trust",
+            "now": now,
+            "zone": timezone.get_current_timezone_name(),
+            "roles": standing.roles(now),
+            "views": standing.views(now),
+            "online_keys": standing.online_keys(),
+        }
+        return TemplateResponse(request, "dashboard/trust.html", context)
 
     def get_queryset(self, request: HttpRequest) -> QuerySet[RoleMetadata]:
         newest = RoleMetadata.objects.filter(role=OuterRef("role")).order_by("-version").values("version")[:1]

@@ -1,10 +1,11 @@
 """Misconfiguration of keys and secrets, told at start with an id and a hint.
 
 E001 demonstration secrets in production · W002 no online key · E003 the online key cannot be used ·
-E004 offline keys on a production server · W005 a role runs out · W006 a role has run out.
+E004 offline keys on a production server · W005 a role runs out · W006 a role has run out ·
+W007 the root names another online key · W008 the root names the next online key already.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -16,7 +17,7 @@ from django.db import DatabaseError
 from django.utils import timezone
 
 from fleet.errors import Unavailable
-from fleet.trust import keys, selectors
+from fleet.trust import keys, selectors, standing
 
 DEMO_DEVICE_SECRET = "00" * 32
 
@@ -52,6 +53,30 @@ def check_role_expiry(*, databases: Sequence[str] | None = None, **_: Any) -> li
         return []
 
 
+@register(Tags.database)
+def check_online_key_is_named(*, databases: Sequence[str] | None = None, **_: Any) -> list[CheckMessage]:
+    """fleet.W007 and W008. Warnings: `migrate` runs them, and must work in the middle of a change of keys."""
+    if not databases or not settings.ONLINE_KEY_PUBLIC.exists():
+        return []
+    try:
+        root = selectors.in_force().root
+        return list(_unnamed_key(root.version, selectors.online_holders(root))) if root else []
+    except (DatabaseError, Unavailable):  # not migrated yet; or said by E003
+        return []
+
+
+def _unnamed_key(version: int, holders: Collection[str]) -> Iterator[CheckMessage]:
+    wanted = ", ".join(sorted(keyid[:12] for keyid in holders))
+    if keys.online_public(holders).keyid not in holders:
+        message = f"Root {version} names the online key {wanted}; this server has another: no device gets a view."
+        hint = "Set FLEET_ONLINE_KEY_URI and FLEET_ONLINE_KEY_PUBLIC to that key."
+        yield Caution(message, hint=hint, id="fleet.W007")
+    elif keys.online_public().keyid not in holders:
+        message = f"Root {version} names FLEET_NEXT_ONLINE_KEY ({wanted}): it signs already, the old one no more."
+        hint = "Move it to FLEET_ONLINE_KEY_URI and _PUBLIC, take FLEET_NEXT_ONLINE_KEY_URI out, destroy the old key."
+        yield Caution(message, hint=hint, id="fleet.W008")
+
+
 def _missing_key() -> Iterator[CheckMessage]:
     if settings.ONLINE_KEY_PUBLIC.exists():
         return
@@ -63,11 +88,12 @@ def _missing_key() -> Iterator[CheckMessage]:
 def _unusable_key() -> Iterator[CheckMessage]:
     if not settings.ONLINE_KEY_PUBLIC.exists():
         return
-    try:
-        keys.online_signer()
-    except Unavailable as error:
-        hint = "FLEET_ONLINE_KEY_URI must be readable by the server and belong to FLEET_ONLINE_KEY_PUBLIC."
-        yield Error(f"The online key cannot be used: {error.message}", hint=hint, id="fleet.E003")
+    for variable, load in (("FLEET_ONLINE_KEY", keys.online_signer), ("FLEET_NEXT_ONLINE_KEY", keys.next_signer)):
+        try:
+            load()
+        except Unavailable as error:
+            hint = f"{variable}_URI must be readable by the server and belong to {variable}_PUBLIC."
+            yield Error(f"The online key cannot be used: {error.message}", hint=hint, id="fleet.E003")
 
 
 def _offline_keys() -> Iterator[CheckMessage]:
@@ -86,10 +112,8 @@ def _demonstration(setting: str, variable: str) -> CheckMessage:
 
 
 def _expiry(found: selectors.Expiring) -> CheckMessage:
-    offline = found.role in selectors.WARN_BEFORE
-    who = (
-        f"Run trust_renew {found.role}." if offline else f"CI signs it anew: fleet-publish renew --model {found.role}."
-    )
+    who = f"Run: {standing.renewal_command(found.role)}"
+    held_up = "no device updates" if found.role in selectors.WARN_BEFORE else "no device updates this model"
     if found.expired:
-        return Caution(f"Role {found.role!r} has expired: no device updates.", hint=who, id="fleet.W006")
+        return Caution(f"Role {found.role!r} has expired: {held_up}.", hint=who, id="fleet.W006")
     return Caution(f"Role {found.role!r} expires at {found.expires_at:%F %H:%M} UTC.", hint=who, id="fleet.W005")

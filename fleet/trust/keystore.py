@@ -3,10 +3,9 @@
 In production the root and targets keys are made and kept offline; only the online key is reachable by the server.
 """
 
-import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from datetime import datetime, timedelta
+from datetime import datetime
 from pathlib import Path
 
 from cryptography.hazmat.primitives.serialization import load_pem_private_key
@@ -14,18 +13,20 @@ from django.conf import settings
 from django.db import transaction
 from django.utils import timezone
 from securesystemslib.signer import CryptoSigner, Key, Signer
-from tuf.api.metadata import Targets
+from tuf.api.metadata import Metadata, Targets
 
+from device_sdk import signing
 from device_sdk.protocol.names import check_model
 from fleet.errors import Conflict, Unavailable
-from fleet.trust import keys, repository, selectors, services
+from fleet.trust import offline, selectors, transfer
+from fleet.trust.ceremony import LIFETIME
 from fleet.trust.models import RoleMetadata
+from fleet.trust.offline import Named
 
 ROOT_KEYS = ("root-1", "root-2", "root-3")
 ROOT_THRESHOLD = 2
 TARGETS_KEYS = ("targets-1", "targets-2")
 ONLINE_KEY = "online"
-OFFLINE_LIFETIME = timedelta(days=365)
 ROOT, TARGETS = "root", "targets"
 
 WARNING = """\
@@ -55,16 +56,18 @@ class Keystore:
         if self.private(name).exists():
             return self.load(name)
         signer = CryptoSigner.generate_ed25519()
-        self.public(name).write_text(keys.public_to_json(signer.public_key))
-        write_private(self.private(name), signer.private_bytes)
+        self.public(name).write_text(signing.public_to_json(signer.public_key))
+        signing.write_private(self.private(name), signer.private_bytes)
         return signer
 
     def load(self, name: str) -> CryptoSigner:
         try:
-            public = keys.public_from_json(self.public(name).read_bytes())
-            return CryptoSigner.from_priv_key_uri(f"file2:{self.private(name)}", public)
-        except (OSError, ValueError) as error:
+            signer = signing.load_signer(str(self.private(name)), signing.read_public(self.public(name)))
+        except signing.SetupError as error:
             raise Unavailable("no_offline_key", f"the key {name!r} is not in {self.folder}: {error}") from error
+        if not isinstance(signer, CryptoSigner):  # a file is nothing else
+            raise Unavailable("no_offline_key", f"the key {name!r} in {self.folder} is no file")
+        return signer
 
 
 def at(folder: Path | None) -> Keystore:
@@ -77,66 +80,65 @@ def signer_from_pem(content: bytes) -> CryptoSigner:
     return CryptoSigner(load_pem_private_key(content, None))
 
 
-def write_private(path: Path, content: bytes) -> None:
-    """Only ever a new file, readable by its owner alone from the first byte on."""
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600)
-    with os.fdopen(descriptor, "wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-
-
 @transaction.atomic
 def initialise(store: Keystore) -> bool:
     """Make the keys, root and targets version 1. False: there is a root already, and nothing was touched."""
     if selectors.newest(ROOT) is not None:
         return False
-    roots = [store.make(name) for name in ROOT_KEYS]
-    targets = [store.make(name) for name in TARGETS_KEYS]
-    online = store.make(ONLINE_KEY).public_key
-    expires = _expiry()
-    root = repository.build_root(
-        version=1,
-        roots=[signer.public_key for signer in roots],
-        threshold=ROOT_THRESHOLD,
-        targets=[signer.public_key for signer in targets],
-        online=online,
-        expires=expires,
+    roots, targets = [_named(store, name) for name in ROOT_KEYS], [_named(store, name) for name in TARGETS_KEYS]
+    online = _named(store, ONLINE_KEY)
+    root = offline.first_root(
+        roots, targets, online, root_threshold=ROOT_THRESHOLD, targets_threshold=1, expires=_expiry()
     )
-    services.store_role(ROOT, 1, repository.sign(root, roots), expires)
-    first = repository.build_targets(director=online, expires=expires)
-    services.store_role(TARGETS, 1, repository.sign(first, targets), expires)
+    first = offline.first_targets(online, expires=_expiry())
+    transfer.accept([_signed(root, store, ROOT_KEYS)], _signed(first, store, TARGETS_KEYS))
     return True
 
 
-@transaction.atomic
 def add_model(store: Keystore, *, model: str, public_keys: Sequence[Key], threshold: int = 1) -> RoleMetadata | None:
     """Delegate `<model>/*/*` to the keys, by a new targets version. None: it is so already."""
     check_model(model)
-    newest = _newest(TARGETS)
-    targets = repository.read_targets(newest.content.encode())
-    if selectors.delegated_keys(targets, model) == (threshold, {key.keyid for key in public_keys}):
+    held = selectors.delegated_keys(_targets().signed, model)
+    if held == (threshold, {key.keyid for key in public_keys}):
         return None
-    repository.delegate(targets, model=model, keys=public_keys, threshold=threshold)
-    return _resign_targets(store, targets, newest)
+    keys = [Named("", key) for key in public_keys]
+    return _edit_targets(store, lambda targets: offline.set_model(targets, model, keys, threshold))
 
 
 @transaction.atomic
 def renew(store: Keystore, role: str) -> RoleMetadata:
     """Sign root or targets anew for another year, with nothing else changed."""
-    newest = _newest(role)
     if role == TARGETS:
-        return _resign_targets(store, repository.read_targets(newest.content.encode()), newest)
-    root = repository.read_root(newest.content.encode())
-    root.version, root.expires = newest.version + 1, _expiry()
-    content = repository.sign(root, [store.load(name) for name in ROOT_KEYS])
-    return services.store_role(ROOT, root.version, content, root.expires)
+        return _edit_targets(store, lambda _: None)
+    targets = _targets()
+    root = offline.next_version(offline.read_root(_newest(ROOT).content.encode()).signed, _expiry())
+    transfer.accept([_signed(root, store, ROOT_KEYS)], targets)
+    return _newest(ROOT)
 
 
-def _resign_targets(store: Keystore, targets: Targets, newest: RoleMetadata) -> RoleMetadata:
-    targets.version, targets.expires = newest.version + 1, _expiry()
-    signers: list[Signer] = [store.load(TARGETS_KEYS[0])]
-    return services.store_role(TARGETS, targets.version, repository.sign(targets, signers), targets.expires)
+@transaction.atomic
+def _edit_targets(store: Keystore, edit: Callable[[Targets], None]) -> RoleMetadata:
+    targets = offline.next_version(_targets().signed, _expiry())
+    edit(targets)
+    root = offline.read_root(_newest(ROOT).content.encode())
+    transfer.accept([root], _signed(targets, store, TARGETS_KEYS[:1]))
+    return _newest(TARGETS)
+
+
+def _targets() -> Metadata[Targets]:
+    return offline.read_targets(_newest(TARGETS).content.encode())
+
+
+def _signed(signed: offline.Signed, store: Keystore, names: Sequence[str]) -> "Metadata[offline.Signed]":
+    metadata = Metadata(signed)
+    for name in names:
+        signer: Signer = store.load(name)
+        metadata.sign(signer, append=True)
+    return metadata
+
+
+def _named(store: Keystore, name: str) -> Named:
+    return Named(name, store.make(name).public_key)
 
 
 def _newest(role: str) -> RoleMetadata:
@@ -147,4 +149,4 @@ def _newest(role: str) -> RoleMetadata:
 
 
 def _expiry() -> datetime:
-    return (timezone.now() + OFFLINE_LIFETIME).replace(microsecond=0)
+    return timezone.now() + LIFETIME

@@ -1,4 +1,6 @@
-"""Signed metadata as bytes. Rows are never changed, but for a device's view, which is replaced under a row lock."""
+"""Signed metadata as bytes. A role's row is never changed; a device's view is replaced under a row lock, and a proposal
+grows by compare-and-set until enough keys have signed it.
+"""
 
 from typing import ClassVar
 
@@ -25,6 +27,29 @@ class RoleMetadata(models.Model):
 
     def __str__(self) -> str:
         return f"{self.role} v{self.version}"
+
+
+class PendingRole(models.Model):
+    """The next version of a model's role, well signed but by too few: it binds nobody until the others sign.
+
+    One for each role. Once the role itself has reached this version, the row means nothing any more.
+    """
+
+    role = models.CharField(max_length=64, unique=True)
+    version = models.PositiveBigIntegerField()
+    content = models.TextField()  # with the valid signatures that came so far
+    sha256 = models.CharField(max_length=64)  # of `content`: changes with each signature; what writers compare and set
+    signed_sha256 = models.CharField(max_length=64)  # of the signed part alone: names the proposal
+    expires_at = models.DateTimeField()
+    proposed_by = models.CharField(max_length=200, blank=True)
+    created_at = models.DateTimeField()
+
+    class Meta:
+        ordering: ClassVar = ["role"]
+        verbose_name = "proposed role"
+
+    def __str__(self) -> str:
+        return f"{self.role} v{self.version}, proposed"
 
 
 class DeviceView(models.Model):

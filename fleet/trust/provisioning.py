@@ -3,6 +3,7 @@
 import json
 import time
 from collections.abc import Sequence
+from typing import Any
 from urllib.parse import urlsplit
 
 from django.conf import settings
@@ -10,9 +11,9 @@ from django.conf import settings
 from fleet.trust import selectors
 
 
-def provision(*, secret: str, models: Sequence[str], server: str = "") -> bytes:
+def provision(*, secret: str, models: Sequence[str], server: str = "", mirror: str = "") -> bytes:
     """The device's `provision.json`, see `device_sdk.config.Provision`. Raises `no_trust_root`."""
-    content = {
+    content: dict[str, Any] = {
         "server": (server or settings.PUBLIC_URL).rstrip("/"),
         "root": selectors.root_text(),
         "token": secret,
@@ -20,6 +21,8 @@ def provision(*, secret: str, models: Sequence[str], server: str = "") -> bytes:
         "blob_hosts": blob_hosts(),
         "clock_floor": int(time.time()),
     }
+    if mirror:
+        content["mirror"] = mirror.rstrip("/")
     return json.dumps(content, indent=1).encode()
 
 

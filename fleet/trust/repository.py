@@ -27,8 +27,10 @@ from tuf.api.serialization.json import JSONSerializer
 
 from device_sdk.protocol import limits
 from device_sdk.protocol.assignment import Assignment
-from device_sdk.protocol.names import ASSIGN, DIRECTOR, assign_path, check_model
+from device_sdk.protocol.errors import ProtocolError
+from device_sdk.protocol.names import ASSIGN, DIRECTOR, assign_path, check_model, check_sha256
 from device_sdk.protocol.polls import BINDING
+from device_sdk.signing import essence
 from fleet.errors import Conflict, Denied, Invalid, NotFound
 
 COMPACT = JSONSerializer(compact=True)
@@ -54,21 +56,6 @@ class SignedView:
     timestamp: bytes
 
 
-def build_root(
-    *, version: int, roots: Sequence[Key], threshold: int, targets: Sequence[Key], online: Key, expires: datetime
-) -> Root:
-    """Say who holds the top-level roles. Snapshot and timestamp are the online key's; targets needs one of its keys."""
-    root = Root(version=version, expires=expires, consistent_snapshot=True)
-    for key in roots:
-        root.add_key(key, "root")
-    root.roles["root"].threshold = threshold
-    for key in targets:
-        root.add_key(key, "targets")
-    root.add_key(online, "snapshot")
-    root.add_key(online, "timestamp")
-    return root
-
-
 def build_targets(*, director: Key, expires: datetime) -> Targets:
     """Delegations only. The director stands first and terminates: no model role can ever speak about `assign/`."""
     role = DelegatedRole(DIRECTOR, [], threshold=1, terminating=True, paths=[f"{ASSIGN}/*/*"])
@@ -80,17 +67,25 @@ def build_targets(*, director: Key, expires: datetime) -> Targets:
 def delegate(targets: Targets, *, model: str, keys: Sequence[Key], threshold: int) -> None:
     """Let `keys` say which releases of `model` may run. Replaces what was delegated for it before."""
     check_model(model)
-    distinct = len({str(key.to_dict()["keyval"]) for key in keys})  # one key under two ids must not count twice
-    if not 1 <= threshold <= distinct:
-        raise Invalid("wrong_threshold", f"threshold: expected 1 to {distinct} (the keys given); got {threshold}")
-    if distinct != len({key.keyid for key in keys}):
-        raise Invalid("same_key_twice", "keys: expected different keys under different ids")
+    check_keys(keys, threshold, f"model {model!r}")
     roles = _delegated_roles(targets)
     for keyid in list(roles[model].keyids) if model in roles else []:
         targets.revoke_key(keyid, model)
     roles[model] = DelegatedRole(model, [], threshold, terminating=True, paths=[f"{model}/*/*"])
     for key in keys:
         targets.add_key(key, model)
+
+
+def check_keys(keys: Sequence[Key], threshold: int, what: str) -> None:
+    """Enough keys, and all different: one key under two ids would count, and sign, twice."""
+    try:
+        distinct = len({essence(key) for key in keys})
+    except Exception as error:
+        raise Invalid("malformed_key", f"{what}: a public key does not parse") from error
+    if not 1 <= threshold <= distinct:
+        raise Invalid("wrong_threshold", f"{what}: threshold: expected 1 to {distinct} (its keys); got {threshold}")
+    if distinct != len(keys):
+        raise Invalid("same_key_twice", f"{what}: expected different keys under different ids")
 
 
 def sign(signed: Root | Timestamp | Snapshot | Targets, signers: Sequence[Signer]) -> bytes:
@@ -135,26 +130,47 @@ def is_delegated(targets: Targets, model: str) -> bool:
 
 
 @dataclass(frozen=True, slots=True)
+class Signatures:
+    """Which keys of a role have signed it well, and which have not. One key under several ids is one key."""
+
+    signed: tuple[str, ...]
+    missing: tuple[str, ...]
+    threshold: int
+
+    @property
+    def is_enough(self) -> bool:
+        return len(self.signed) >= self.threshold
+
+    def __str__(self) -> str:
+        return f"{len(self.signed)} of {self.threshold} signatures"
+
+    @property
+    def lacking(self) -> int:
+        return max(0, self.threshold - len(self.signed))
+
+
+@dataclass(frozen=True, slots=True)
 class CheckedRole:
-    """A model's role whose signatures, version, expiry and paths were found good."""
+    """A model's role whose version, expiry and paths were found good, and at least one signature."""
 
     version: int
     expires: datetime
-    signed_by: tuple[str, ...]
+    signatures: Signatures
     targets: Mapping[str, tuple[int, str]]  # path to length and sha256
+    signed_sha256: str  # of the part that is signed
 
 
 def check_role(content: bytes, *, model: str, delegator: Targets, current: int, now: datetime) -> CheckedRole:
     """Read a model's role as CI posted it. Raises what is wrong with it; `current` is the version held (0: none).
 
     1. it is a targets role, of acceptable size, without delegations of its own
-    2. enough of the keys that `delegator` names have signed it
+    2. at least one of the keys that `delegator` names has signed it; whether that is enough stands in the answer
     3. it is based on the version held
     4. it has not expired
     5. it speaks of this model only
     """
     metadata = _parse_role(content)
-    signed_by = _check_signatures(metadata, model, delegator)
+    signatures = _check_signatures(metadata, model, delegator)
     role = metadata.signed
     if role.version != current + 1:
         raise Conflict(
@@ -164,7 +180,28 @@ def check_role(content: bytes, *, model: str, delegator: Targets, current: int, 
         )
     if role.is_expired(now):
         raise Invalid("role_expired", f"role {model!r}: expected an expiry in the future; got {role.expires:%FT%TZ}")
-    return CheckedRole(role.version, role.expires, signed_by, read_entries(role, model))
+    digest = sha256(metadata.signed_bytes).hexdigest()
+    return CheckedRole(role.version, role.expires, signatures, read_entries(role, model), digest)
+
+
+def signatures_of(content: bytes, *, model: str, delegator: Targets) -> Signatures:
+    """Who has signed it, by the keys and the threshold that `delegator` names today."""
+    return _verify(Metadata[Targets].from_bytes(content), model, delegator)
+
+
+def merge_signatures(held: bytes, come: bytes, *, model: str, delegator: Targets) -> bytes:
+    """The same signed part under the valid signatures of both; what is not valid is left out."""
+    first, second = Metadata[Targets].from_bytes(held), Metadata[Targets].from_bytes(come)
+    if first.signed_bytes != second.signed_bytes:
+        raise Conflict("pending_changed", f"role {model!r}: expected signatures of the same proposal; got another one")
+    valid = {
+        keyid: metadata.signatures[keyid]
+        for metadata in (first, second)
+        for keyid in _verify(metadata, model, delegator).signed
+    }
+    merged = Metadata(first.signed, valid)
+    kept = {keyid: valid[keyid] for keyid in _verify(merged, model, delegator).signed}
+    return Metadata(first.signed, kept).to_bytes(COMPACT)
 
 
 def read_entries(role: Targets, model: str) -> dict[str, tuple[int, str]]:
@@ -178,9 +215,15 @@ def read_entries(role: Targets, model: str) -> dict[str, tuple[int, str]]:
 
 
 def _entry(target: TargetFile) -> tuple[int, str]:
+    """TUF's own parser looks at neither: a length of 7.5 would go out to devices, which refuse the whole role."""
     if set(target.hashes) != {"sha256"}:
         raise Invalid("malformed_role", f"{target.path}: expected one hash, sha256; got {sorted(target.hashes)}")
-    return target.length, target.hashes["sha256"]
+    if type(target.length) is not int:
+        raise Invalid("malformed_role", f"{target.path}: length: expected a whole number; got {target.length!r:.40}")
+    try:
+        return target.length, check_sha256(target.hashes["sha256"])
+    except ProtocolError as error:
+        raise Invalid("malformed_role", f"{target.path}: {error.message}") from error
 
 
 def _parse_role(content: bytes) -> Metadata[Targets]:
@@ -195,20 +238,33 @@ def _parse_role(content: bytes) -> Metadata[Targets]:
     return metadata
 
 
-def _check_signatures(metadata: Metadata[Targets], model: str, delegator: Targets) -> tuple[str, ...]:
+def _check_signatures(metadata: Metadata[Targets], model: str, delegator: Targets) -> Signatures:
     if not is_delegated(delegator, model):
         raise NotFound("unknown_model", f"model {model!r} is not delegated; an operator adds it by trust_add_model")
+    found = _verify(metadata, model, delegator)
+    if not found.signed:
+        raise below_threshold(model, found)
+    return found
+
+
+def below_threshold(model: str, found: Signatures) -> Denied:
+    return Denied(
+        "bad_signature",
+        f"role {model!r}: expected {found.threshold} valid signature(s) of its keys; got {len(found.signed)}",
+        {"signed": list(found.signed), "threshold": found.threshold},
+    )
+
+
+def _verify(metadata: Metadata[Targets], model: str, delegator: Targets) -> Signatures:
     try:
         result = delegator.get_verification_result(model, metadata.signed_bytes, metadata.signatures)
     except (ValueError, RepositoryError) as error:
         raise Denied("bad_signature", f"role {model!r}: {error}") from error
-    if not result:
-        raise Denied(
-            "bad_signature",
-            f"role {model!r}: expected {result.threshold} valid signature(s) of its keys; got {len(result.signed)}",
-            {"signed": sorted(result.signed), "threshold": result.threshold},
-        )
-    return tuple(sorted(result.signed))
+    signed: dict[bytes, str] = {}  # TUF counts ids: here a key that goes by two of them counts once
+    for keyid in sorted(result.signed):
+        signed.setdefault(essence(result.signed[keyid]), keyid)
+    missing = [keyid for keyid, key in result.unsigned.items() if essence(key) not in signed]
+    return Signatures(tuple(sorted(signed.values())), tuple(sorted(missing)), result.threshold)
 
 
 def _director(device: str, assignments: Sequence[Assignment], version: int, expires: datetime) -> Targets:

@@ -4,7 +4,9 @@ import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from datetime import datetime, timedelta
+from functools import lru_cache
 
+from django.conf import settings
 from django.db.models import Exists, OuterRef, QuerySet
 from tuf.api.metadata import Targets
 
@@ -13,7 +15,7 @@ from device_sdk.protocol.polls import Bundle
 from fleet.devices.models import Device
 from fleet.errors import Unavailable
 from fleet.trust import repository
-from fleet.trust.models import DeviceView, RoleMetadata
+from fleet.trust.models import DeviceView, PendingRole, RoleMetadata
 
 ROOT, TARGETS = "root", "targets"
 # A quarter of each role's lifetime: 365 days for people's keys, 180 for CI's.
@@ -31,10 +33,34 @@ def newest_roles() -> QuerySet[RoleMetadata]:
     return RoleMetadata.objects.filter(~Exists(newer)).order_by("role")
 
 
+@dataclass(frozen=True, slots=True)
+class InForce:
+    """The newest root and all that a snapshot lists, as one query saw them: a view is never made of two times."""
+
+    root: repository.RoleRef | None
+    roles: list[repository.RoleRef]
+
+
+def in_force() -> InForce:
+    refs = [repository.RoleRef(*row) for row in newest_roles().values_list("role", "version", "length", "sha256")]
+    root = next((ref for ref in refs if ref.role == ROOT), None)
+    return InForce(root, [ref for ref in refs if ref.role != ROOT])
+
+
+def online_holders(root: repository.RoleRef) -> frozenset[str]:
+    """Ids of the keys that this root lets sign views."""
+    return _online_holders(root.version, root.sha256)
+
+
+@lru_cache(maxsize=4)  # by hash: what a root says never changes
+def _online_holders(version: int, sha256: str) -> frozenset[str]:
+    content = RoleMetadata.objects.values_list("content", flat=True).get(role=ROOT, version=version, sha256=sha256)
+    return frozenset(repository.read_root(content.encode()).roles["timestamp"].keyids)
+
+
 def snapshot_roles() -> list[repository.RoleRef]:
     """What a snapshot lists: targets and every model role. A role once listed stays, delegated or not."""
-    rows = newest_roles().exclude(role=ROOT).values_list("role", "version", "length", "sha256")
-    return [repository.RoleRef(*row) for row in rows]
+    return in_force().roles
 
 
 def delegator() -> Targets:
@@ -61,6 +87,58 @@ def delegated_keys(targets: Targets, model: str) -> tuple[int, set[str]] | None:
         return None
     role = targets.get_delegated_role(model)
     return role.threshold, set(role.keyids)
+
+
+@dataclass(frozen=True, slots=True)
+class Proposal:
+    """A proposed role, what it would change, and who has signed it."""
+
+    row: PendingRole
+    signatures: repository.Signatures
+    added: Mapping[str, tuple[int, str]]  # path to the manifest's length and sha256
+    removed: frozenset[str]
+
+
+def sign_command(model: str) -> str:
+    """What the second person runs, with files of their own."""
+    server = f"--server {settings.PUBLIC_URL}"
+    return f"fleet-publish sign --model {model} {server} --key YOUR-KEY.pem --role-key CI.pub.json"
+
+
+def pending_row(model: str) -> PendingRole | None:
+    """The proposal upon the version that is held; one that was overtaken is none."""
+    row = PendingRole.objects.filter(role=model).first()
+    current = newest(model)
+    return row if row is not None and row.version == (current.version if current else 0) + 1 else None
+
+
+def proposal(model: str) -> Proposal | None:
+    row = pending_row(model)
+    return _proposal(row, delegator()) if row is not None else None
+
+
+def proposals() -> list[Proposal]:
+    """Of every model, by name."""
+    names = list(PendingRole.objects.values_list("role", flat=True))
+    rows = [row for name in names if (row := pending_row(name)) is not None]
+    targets = delegator() if rows else None
+    return [_proposal(row, targets) for row in rows] if targets else []
+
+
+def entries(model: str, content: str) -> dict[str, tuple[int, str]]:
+    """Path to length and sha256 of each manifest that a model's role lists; `content` empty: none."""
+    return repository.read_entries(repository.read_targets(content.encode()), model) if content else {}
+
+
+def _proposal(row: PendingRole, targets: Targets) -> Proposal:
+    current = newest(row.role)
+    old, new = entries(row.role, current.content if current else ""), entries(row.role, row.content)
+    if repository.is_delegated(targets, row.role):
+        signatures = repository.signatures_of(row.content.encode(), model=row.role, delegator=targets)
+    else:  # nobody may sign for it any more
+        signatures = repository.Signatures((), (), 1)
+    added = {path: entry for path, entry in new.items() if path not in old}
+    return Proposal(row, signatures, added, frozenset(old.keys() - new.keys()))
 
 
 def root_text() -> str:

@@ -59,7 +59,7 @@ class Command(BaseCommand):
             return [keystore.signer_from_pem(path.read_bytes()).public_key]
         signer = CryptoSigner.generate_ed25519()
         path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-        keystore.write_private(path, signer.private_bytes)
+        keys.write_private(path, signer.private_bytes)
         self.stdout.write(
             f"CI's private key for {name}: {path}. Put it into CI's secrets; the server does not need it."
         )

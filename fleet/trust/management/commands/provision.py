@@ -28,6 +28,7 @@ class Command(BaseCommand):
         parser.add_argument("--label", action="append", default=[], metavar="NAME=VALUE", help="set on every device")
         parser.add_argument("--approval", action="store_true", help="each device waits for an operator's approval")
         parser.add_argument("--server", default=settings.PUBLIC_URL, help="address that devices reach")
+        parser.add_argument("--mirror", default="", help="address of a cache that the devices ask for files first")
         parser.add_argument("--out", type=Path, required=True, metavar="FILE")
 
     def handle(self, **options: Any) -> None:
@@ -52,7 +53,7 @@ class Command(BaseCommand):
             labels=_labels(options["label"]),
             needs_approval=options["approval"],
         )
-        return provisioning.provision(secret=secret, models=models, server=options["server"])
+        return provisioning.provision(secret=secret, models=models, server=options["server"], mirror=options["mirror"])
 
 
 def write_private(path: Path, content: bytes) -> None:
