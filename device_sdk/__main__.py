@@ -5,6 +5,7 @@ import json
 import logging
 import shutil
 import sys
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -56,6 +57,9 @@ def _parser() -> argparse.ArgumentParser:
     each.add_argument("--provision", type=Path, help="the file that the operator handed out; kept in the directory")
     each.add_argument("--name", required=True, help="the device's name")
     each.add_argument("--label", action="append", default=[], metavar="KEY=VALUE", help="may be repeated")
+    each.add_argument(
+        "--patience", type=float, default=900.0, metavar="SECONDS", help="wait so long where the server asks to (900)"
+    )
     each = add("status", _status, "what runs, and why not something newer")
     each.add_argument("--json", action="store_true", help="for programs")
     add("update", _update, "poll once and install what is new")
@@ -72,9 +76,14 @@ def _enrol(options: argparse.Namespace) -> int:
     labels = dict(_label(text) for text in options.label)
     if options.provision is not None:
         _place_provision(options.provision, Home(options.home))
-    state = enrol(options.home, options.name, labels)
+    state = enrol(options.home, options.name, labels, patience=options.patience, wait=_wait)
     _say(f"{options.name}: {state}" + (", waiting for approval" if state == "pending" else ""))
     return OK
+
+
+def _wait(seconds: float) -> None:
+    print(f"fleet-device: the server asks to come back later; waiting {seconds:.0f} s", file=sys.stderr)  # noqa: T201
+    time.sleep(seconds)
 
 
 def _status(options: argparse.Namespace) -> int:
@@ -100,9 +109,9 @@ def _run(options: argparse.Namespace) -> int:
 
     with Fleet.open(options.home, read_only=True) as fleet:
         model = fleet.model(options.model)
-        if model.release is None:
+        if model.release is None and fleet.status().models[options.model].state != "stopped":
             raise NoModelError(f"no release of {options.model!r} is installed yet; run `fleet-device update`")
-        outputs = model.run(_inputs(model, options.input))
+        outputs = model.run(_inputs(model, options.input) if model.release else {})  # of a stopped one, it says why
     _say(json.dumps({name: _plain(value) for name, value in outputs.items()}))
     return OK
 

@@ -3,8 +3,10 @@
 `provision.json` is out-of-band trust: the operator hands it out. `identity.json` is made at enrolment and is secret.
 """
 
+import errno
 import json
 import os
+import stat
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -21,7 +23,7 @@ _LIMIT = 1024 * 1024
 class Provision:
     """Server address, pinned root metadata (text), enrolment token, models, extra hosts that may serve blobs.
 
-    `clock_floor` is unix seconds: no honest clock shows an earlier time.
+    `clock_floor` is unix seconds: no honest clock shows an earlier time. `mirror`: a cache to ask for files first.
     """
 
     server: str
@@ -30,13 +32,13 @@ class Provision:
     models: tuple[str, ...]
     blob_hosts: tuple[str, ...] = ()
     clock_floor: int = 0
+    mirror: str = ""
 
     @classmethod
     def parse(cls, data: bytes) -> "Provision":
         item = fields.parse_object(data, limit=_LIMIT, what="provision.json")
-        server = fields.take_text(item, "server", limit=500).rstrip("/")
-        if urlsplit(server).scheme not in {"http", "https"} or not urlsplit(server).netloc:
-            raise ProtocolError("malformed", f"server: expected an http(s) address; got {server!r:.80}")
+        server = check_address(fields.take_text(item, "server", limit=500), "server")
+        mirror = fields.take_text(item, "mirror", limit=500, default="")
         return cls(
             server=server,
             root=fields.take_text(item, "root", limit=_LIMIT),
@@ -44,10 +46,22 @@ class Provision:
             models=tuple(check_model(name) for name in fields.take_list(item, "models", limit=64)),
             blob_hosts=tuple(str(host) for host in fields.take_list(item, "blob_hosts", limit=16)),
             clock_floor=fields.take_int(item, "clock_floor", high=2**40, default=0),
+            mirror=check_address(mirror, "mirror") if mirror else "",
         )
 
     def to_bytes(self) -> bytes:
         return json.dumps(asdict(self), indent=1).encode()
+
+
+def check_address(text: str, what: str) -> str:
+    """Where a server is, without a slash at its end. Raises ProtocolError."""
+    try:
+        parts = urlsplit(text)
+    except ValueError:
+        parts = urlsplit("")
+    if parts.scheme not in {"http", "https"} or not parts.netloc:
+        raise ProtocolError("malformed", f"{what}: expected an http(s) address; got {text!r:.80}")
+    return text.rstrip("/")
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,12 +112,29 @@ class Home:
         return self.path / "spool"
 
     @property
+    def traffic_file(self) -> Path:
+        return self.path / "traffic.json"
+
+    @property
+    def peers(self) -> Path:
+        return self.path / "peers"
+
+    @property
     def outbox(self) -> Path:
         return self.path / "outbox"
 
     def make(self) -> None:
+        """Raises SetupError where something else stands in a folder's place, links included.
+
+        The directory itself, and the spool in it, may lie elsewhere: only what is believed must be our own.
+        """
         for folder in (self.path, self.trust, self.store, self.spool, self.outbox):
-            folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+            try:
+                folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+            except OSError as error:
+                raise SetupError(f"cannot make {folder}: {error.strerror}") from error
+            if folder in (self.trust, self.store, self.outbox) and folder.is_symlink():
+                raise SetupError(f"{folder}: expected a directory of our own, not a link")
 
     def provision(self) -> Provision:
         return Provision.parse(self._read(self.provision_file, "hand it out with `manage.py provision`"))
@@ -113,9 +144,23 @@ class Home:
 
     def _read(self, path: Path, hint: str) -> bytes:
         try:
-            return path.read_bytes()
+            return read_plainly(path, limit=_LIMIT, follow=True)  # an operator may mount it as a link
         except OSError as error:
             raise SetupError(f"cannot read {path}: {error.strerror}; {hint}") from error
+
+
+def read_plainly(path: Path, *, limit: int, follow: bool = False) -> bytes:
+    """Read a regular file of at most `limit` bytes. Raises OSError for all else, and waits for nobody: a pipe planted
+    in our directory would hold up the device for ever.
+    """
+    flags = os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | (0 if follow else os.O_NOFOLLOW)
+    with os.fdopen(os.open(path, flags), "rb") as file:
+        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+            raise OSError(errno.EINVAL, "not a regular file", str(path))
+        data = file.read(limit + 1)
+    if len(data) > limit:
+        raise OSError(errno.EFBIG, f"larger than {limit} bytes", str(path))
+    return data
 
 
 def write_durably(path: Path, data: bytes, *, mode: int = 0o600) -> None:

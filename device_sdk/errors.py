@@ -29,7 +29,7 @@ class TransferError(DeviceError):
 
 
 class UnauthorizedError(TransferError):
-    """401: the credential is unknown or revoked. Polling stops, loudly; inference goes on."""
+    """401: the credential is unknown or revoked. Polling pauses, loudly; inference goes on."""
 
     code = "unauthorized"
 
@@ -52,10 +52,40 @@ class NoModelError(DeviceError):
     code = "no_model"
 
 
+class ModelStoppedError(NoModelError):
+    """The server's signed word: nothing of this model may run now. It serves again with the next release."""
+
+    code = "stopped"
+
+
+class HeldError(DeviceError):
+    """The model is being swapped on a device that has no room for two, and it takes longer than a call may wait."""
+
+    code = "held"
+
+
+class QueueFullError(HeldError):
+    """As before; and too many calls wait already."""
+
+    code = "queue_full"
+
+
 class StorageError(DeviceError):
     """The disk is full, read-only or broken."""
 
     code = "storage"
+
+
+class ShortageError(DeviceError):
+    """The device has too little memory free just now to try a release. Tried again later."""
+
+    code = "memory"
+
+
+class RehearsalError(DeviceError):
+    """The process in which a new release is tried could not be started. The release is not to blame, nor loaded."""
+
+    code = "no_rehearsal"
 
 
 class SetupError(DeviceError):

@@ -9,7 +9,7 @@ from secrets import token_hex
 from threading import RLock
 from typing import Any
 
-from device_sdk.config import write_durably
+from device_sdk.config import read_plainly, write_durably
 from device_sdk.outbox import Outbox
 from device_sdk.protocol import events, fields
 from device_sdk.protocol.errors import ProtocolError
@@ -33,6 +33,28 @@ class Journal:
         self._progress = _read(path)
         self.on_event: Callable[[], None] = lambda: None
 
+    def reload(self) -> None:
+        """Take up what another process wrote."""
+        self._progress = _read(self._path)
+
+    def take_over(self, outbox: Outbox) -> None:
+        """From now on this process writes it, and tells."""
+        with self._lock:
+            self.reload()
+            self._outbox = outbox
+
+    @property
+    def refusal(self) -> str:
+        """The code of what this device refuses now, of an earlier process too: its end must be told. "": nothing."""
+        return self.get("").reason
+
+    def keep_refusal(self, code: str) -> None:
+        """It stands beside the models, under no name."""
+        if code != self.refusal:
+            with self._lock:
+                self._progress[""] = Progress("", reason=code)
+                self._write()
+
     def get(self, model: str) -> Progress:
         return self._progress.get(model, Progress(model))
 
@@ -41,10 +63,7 @@ class Journal:
         progress = replace(progress, id=token_hex(16), at=self._now())
         with self._lock:
             self._progress[progress.model] = progress
-            try:
-                write_durably(self._path, _to_bytes(self._progress))
-            except OSError as error:
-                log.warning("progress of %s is kept in memory only: %s", progress.model, error.strerror)
+            self._write()
         log.info("%s: %s %s%s", progress.model, progress.state, progress.release or "", _reason(progress))
         if progress.state is not State.IDLE:
             self._report(_event(progress, detail or {}))
@@ -64,6 +83,12 @@ class Journal:
         """Report what is no transition: a refusal, counters."""
         event = _event(replace(progress, id=token_hex(16), at=self._now(), reason=reason), detail or {})
         self._report(replace(event, kind=kind))
+
+    def _write(self) -> None:
+        try:
+            write_durably(self._path, _to_bytes(self._progress))
+        except OSError as error:
+            log.warning("progress is kept in memory only: %s", error.strerror)
 
     def _report(self, event: Event) -> None:
         if self._outbox is not None:
@@ -99,7 +124,7 @@ def _to_json(progress: Progress) -> dict[str, Any]:
 def _read(path: Path) -> dict[str, Progress]:
     """A journal that is lost costs the reasons, not the models: the store says what is installed."""
     try:
-        items = fields.parse_object(path.read_bytes(), limit=_LIMIT, what="progress")
+        items = fields.parse_object(read_plainly(path, limit=_LIMIT), limit=_LIMIT, what="progress")
         return {model: _parse(fields.as_object(item, model)) for model, item in items.items()}
     except FileNotFoundError:
         return {}

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from threading import Lock
 
-from device_sdk.config import write_durably
+from device_sdk.config import read_plainly, write_durably
 from device_sdk.errors import StorageError
 from device_sdk.protocol import limits
 from device_sdk.protocol.errors import ProtocolError
@@ -22,6 +22,7 @@ from device_sdk.protocol.events import Event
 log = logging.getLogger("device_sdk")
 
 BOUND = 2_000  # events
+_READ_LIMIT = 64 * limits.MIB
 _POST_BYTES = limits.EVENT_BODY // 2
 
 
@@ -116,11 +117,12 @@ class Outbox:
     def _read(self) -> None:
         """Take up what an earlier process left. A line torn by a power cut is passed over, and the file made whole."""
         try:
-            lines = self._path.read_bytes().split(b"\n")
+            lines = read_plainly(self._path, limit=_READ_LIMIT).split(b"\n")
         except FileNotFoundError:
             lines = [b"torn"]
-        except OSError as error:
-            raise StorageError(f"cannot read {self._path}: {error.strerror}") from error
+        except OSError as error:  # what waits to be told is not worth a device that does not start
+            log.warning("outbox: %s was lost: %s", self._path, error.strerror)
+            lines = [b"lost"]
         torn = lines.pop()
         taken = [self._take(line) for line in lines]
         self._whole = not torn and all(taken)
@@ -146,7 +148,7 @@ def _line(item: dict[str, object]) -> bytes:
 
 
 def _append(path: Path, data: bytes) -> None:
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW, 0o600)
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_NONBLOCK, 0o600)
     try:
         written = os.write(descriptor, data)
         if written != len(data):

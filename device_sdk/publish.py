@@ -2,7 +2,8 @@
 
 The private key never leaves this machine, and a role that comes from the server is signed on only if it carries a
 signature of a key that we know: a broken-into server must not get its own entries signed.
-Exit codes: 0 done, 2 wrong use, 3 refused by the server, 4 network or server failure, 5 invalid after `--wait`.
+Exit codes: 0 done, 2 wrong use, 3 refused by the server, 4 network or server failure, 5 invalid after `--wait`,
+6 well signed but by too few: somebody else runs `fleet-publish sign`.
 """
 
 import argparse
@@ -17,18 +18,28 @@ from datetime import UTC, datetime, timedelta
 from hashlib import file_digest
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 import requests
 from securesystemslib.exceptions import UnverifiedSignatureError, VerificationError
-from securesystemslib.signer import CryptoSigner, Key, Signer, SSlibKey
+from securesystemslib.signer import CryptoSigner, Key, Signer
 from tuf.api.metadata import Metadata, TargetFile, Targets
 from tuf.api.serialization import DeserializationError
 from tuf.api.serialization.json import JSONSerializer
 
+from device_sdk import signing
 from device_sdk.errors import DeviceError, SetupError, TransferError, UntrustedError, is_retryable
+from device_sdk.protocol import limits
 from device_sdk.protocol.errors import ProtocolError
-from device_sdk.protocol.manifest import FileEntry, Manifest, Requirements, TensorSpec, digest
+from device_sdk.protocol.manifest import (
+    ATTACHMENT_KINDS,
+    MODEL_SIGNATURE,
+    Attachment,
+    FileEntry,
+    Manifest,
+    Requirements,
+    TensorSpec,
+    digest,
+)
 from device_sdk.protocol.names import ReleasePath, check_file_name, check_model, check_name
 
 ROLE_LIFETIME = timedelta(days=180)
@@ -36,7 +47,7 @@ CHUNK = 8 * 1024 * 1024  # bytes in one PUT; what a broken line costs at most
 TRIES = 6
 BACKOFF = 0.5  # seconds before the second try; doubles
 TIMEOUT = (10.0, 300.0)  # seconds to connect, and without a byte
-OK, USAGE, REFUSED, FAILED, INVALID = 0, 2, 3, 4, 5
+OK, USAGE, REFUSED, FAILED, INVALID, PENDING = 0, 2, 3, 4, 5, 6
 _DTYPES = {"float": "float32", "double": "float64", "string": "object"}
 Report = Callable[[int], None]
 Edit = Callable[[Targets], None]
@@ -54,6 +65,7 @@ class Variant:
 
     manifest: Manifest
     files: tuple[LocalFile, ...]
+    attached: tuple[LocalFile, ...] = ()
 
 
 class Server:
@@ -76,6 +88,14 @@ class Server:
 
     def publish(self, model: str, body: Mapping[str, Any]) -> dict[str, Any]:
         return _object(self._call("POST", f"/models/{model}/releases", body=json.dumps(body).encode()))
+
+    def proposal(self, model: str) -> dict[str, Any] | None:
+        """The role that waits for signatures, or None."""
+        answer = self._call("GET", f"/models/{model}/role/pending", allowed={"no_pending_role"})
+        return None if answer.status_code == 404 else _object(answer)
+
+    def add_signatures(self, model: str, role: str) -> dict[str, Any]:
+        return _object(self._call("POST", f"/models/{model}/role/pending", body=json.dumps({"role": role}).encode()))
 
     def update_role(self, model: str, role: str) -> dict[str, Any]:
         return _object(self._call("POST", f"/models/{model}/role", body=json.dumps({"role": role}).encode()))
@@ -149,28 +169,18 @@ class _Bearer(requests.auth.AuthBase):
         return request
 
 
-def load_signer(key: str, public: Path | None) -> Signer:
-    """A PKCS#8 PEM file, or any URI that securesystemslib knows; those need the public half as JSON."""
-    try:
-        known = _read_public(public) if public else None
-        if urlsplit(key).scheme and not Path(key).exists():
-            if known is None:
-                raise SetupError(f"the key {key} needs its public half: --public FILE")
-            return Signer.from_priv_key_uri(key, known)
-        from cryptography.hazmat.primitives.serialization import load_pem_private_key
-
-        return CryptoSigner(load_pem_private_key(Path(key).read_bytes(), None), known)
-    except SetupError:
-        raise
-    except Exception as error:  # each KMS and HSM library has its own family
-        raise SetupError(f"cannot use the key {key}: {error}") from error
-
-
 def build_variant(
-    path: ReleasePath, files: Sequence[Path], *, requires: Requirements, metadata: Mapping[str, str]
+    path: ReleasePath,
+    files: Sequence[Path],
+    *,
+    requires: Requirements,
+    metadata: Mapping[str, str],
+    attach: Sequence[tuple[str, Path]] = (),
 ) -> Variant:
+    """`attach`: kind and file of what is said about the variant."""
     local = tuple(_local(file) for file in files)
     inputs, outputs = _tensors(files[0])
+    attached = tuple((kind, _attachment(file)) for kind, file in attach)
     manifest = Manifest(
         path=path,
         files=tuple(file.entry for file in local),
@@ -179,8 +189,10 @@ def build_variant(
         outputs=outputs,
         requires=requires,
         metadata=metadata,
+        attachments=tuple(Attachment(kind, f.entry.name, f.entry.length, f.entry.sha256) for kind, f in attached),
     )
-    return Variant(Manifest.parse(manifest.to_bytes()), local)  # parsed: what we refuse need not travel
+    files_attached = tuple(file for _, file in attached)
+    return Variant(Manifest.parse(manifest.to_bytes()), local, files_attached)  # parsed: what we refuse need not travel
 
 
 def add_targets(variants: Sequence[Variant]) -> Edit:
@@ -206,7 +218,7 @@ def remove_release(model: str, version: str) -> Edit:
 
 def next_role(current: bytes | None, *, signer: Signer, known: Sequence[Key], edit: Edit) -> str:
     """The next version of a role, edited and signed. Raises UntrustedError for one that none of our keys signed."""
-    role = Targets(version=1) if current is None else _trusted(current, [signer.public_key, *known])
+    role = Targets(version=1) if current is None else trusted(current, [signer.public_key, *known])
     if current is not None:
         role.version += 1
     role.expires = (datetime.now(UTC) + ROLE_LIFETIME).replace(microsecond=0)
@@ -222,7 +234,7 @@ def sign_and_post(server: Server, model: str, make: Callable[[bytes | None], str
         try:
             return post(make(server.role(model)))
         except TransferError as error:
-            if error.code != "stale_role" or attempt == TRIES - 1:
+            if error.code not in {"stale_role", "pending_changed"} or attempt == TRIES - 1:
                 raise
     raise AssertionError("unreachable")
 
@@ -232,20 +244,27 @@ def push(options: argparse.Namespace, server: Server, signer: Signer) -> int:
     present = server.release(options.model, options.version)
     if present is not None:
         _check_same(present, variants)
-        _say(f"{options.model} {options.version} is published already ({present['state']}); nothing to do")
+    if present is not None and present["state"] != "withdrawn":
+        say(f"{options.model} {options.version} is published already ({present['state']}); nothing to do")
         return _conclude(options, server, present)
-    for file in {file.entry.sha256: file for variant in variants for file in variant.files}.values():
+    wanted = {file.entry.sha256: file for variant in variants for file in (*variant.files, *variant.attached)}
+    for file in wanted.values():
         with _progress(file) as report:
             server.upload(file, report)
     manifests = {variant.manifest.path.variant: variant.manifest.to_bytes().decode() for variant in variants}
-    release = sign_and_post(
+    answer = sign_and_post(
         server,
         options.model,
-        lambda current: next_role(current, signer=signer, known=_known(options), edit=add_targets(variants)),
+        lambda current: next_role(current, signer=signer, known=known_keys(options), edit=add_targets(variants)),
         lambda role: server.publish(options.model, {"version": options.version, "manifests": manifests, "role": role}),
     )
+    release = answer["release"] if answer.get("pending") else answer
+    for version in answer.get("superseded", ()):
+        say(f"note: the proposal of {options.model} {version} had too few signatures and is superseded by this one")
     size = sum(variant.manifest.length for variant in variants)
-    _say(f"published {options.model} {options.version}: {len(variants)} variant(s), {size:,} bytes, {release['state']}")
+    for said in _said(release):
+        say(said)
+    say(f"published {options.model} {options.version}: {len(variants)} variant(s), {size:,} bytes, {release['state']}")
     return _conclude(options, server, release)
 
 
@@ -260,16 +279,17 @@ def renew(options: argparse.Namespace, server: Server, signer: Signer) -> int:
 
 
 def keygen(options: argparse.Namespace) -> int:
-    """Make an Ed25519 key; the public half is printed, for `manage.py trust_add_model --ci-public`."""
+    """Make an Ed25519 key; the public half is printed, for `ceremony set-model` or `trust_add_model --ci-public`."""
     signer = CryptoSigner.generate_ed25519()
+    content = signer.private_bytes
+    if options.encrypt:
+        content = signing.encrypted(signer, signing.new_passphrase(signing.asker()))
     try:
-        descriptor = os.open(options.out, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600)
+        signing.write_private(options.out, content)
     except OSError as error:
         raise SetupError(f"cannot make {options.out}: {error.strerror}") from error
-    with os.fdopen(descriptor, "wb") as file:
-        file.write(signer.private_bytes)
-    sys.stdout.write(json.dumps({"keyid": signer.public_key.keyid, **signer.public_key.to_dict()}, indent=1) + "\n")
-    _say(f"the private key is {options.out}: put it into CI's secrets")
+    sys.stdout.write(signing.public_to_json(signer.public_key))
+    say(f"the private key is {options.out}: put it into CI's secrets")
     return OK
 
 
@@ -280,40 +300,75 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return keygen(options)
         check_model(options.model)
         server = Server(options.server, _token(options))
-        result: int = options.run(options, server, load_signer(options.key, options.public))
+        signer = _signer(options) if options.key else None
+        result: int = options.run(options, server, signer)
     except TransferError as error:
-        _say(f"error: {error} [{error.code}]")
+        say(f"error: {error} [{error.code}]")
         return REFUSED if 400 <= error.status < 500 and not is_retryable(error) else FAILED
     except (DeviceError, ProtocolError) as error:
-        _say(f"error: {error} [{error.code}]")
+        say(f"error: {error} [{error.code}]")
         return REFUSED if isinstance(error, UntrustedError) else USAGE
     return result
+
+
+def _signer(options: argparse.Namespace) -> Signer:
+    public = signing.read_public(options.public) if options.public else None
+    return signing.load_signer(options.key, public, ask=signing.asker())
 
 
 def _update(options: argparse.Namespace, server: Server, signer: Signer, edit: Edit) -> int:
     def make(current: bytes | None) -> str:
         if current is None:
             raise SetupError(f"{options.model} has no role yet; push a release first")
-        return next_role(current, signer=signer, known=_known(options), edit=edit)
+        return next_role(current, signer=signer, known=known_keys(options), edit=edit)
 
     answer = sign_and_post(server, options.model, make, lambda role: server.update_role(options.model, role))
-    _say(
-        f"role of {options.model} is at version {answer['version']}; removed: {', '.join(answer['removed']) or 'none'}"
-    )
+    if answer.get("pending"):
+        say(
+            f"version {answer['version']} of the role of {options.model} is proposed and changes nothing until it has "
+            f"enough signatures; to be removed: {', '.join(answer['removed']) or 'none'}"
+        )
+        say_pending(options, answer)
+        return PENDING
+    say(f"role of {options.model} is at version {answer['version']}; removed: {', '.join(answer['removed']) or 'none'}")
     return OK
+
+
+def _said(release: Mapping[str, Any]) -> Iterator[str]:
+    """What the server found of each model signature."""
+    for name, variant in release["variants"].items():
+        for item in variant.get("attachments", []):
+            if item["kind"] == MODEL_SIGNATURE:
+                yield f"{name}: {item['name']} is {item['verdict']}"
 
 
 def _conclude(options: argparse.Namespace, server: Server, release: Mapping[str, Any]) -> int:
     """With `--wait`: what validation says. Without: what is known now."""
     deadline = time.monotonic() + options.wait_seconds
-    while options.wait and release["state"] == "validating" and time.monotonic() < deadline:
+    if options.wait and release["state"] == "pending":
+        say_pending(options, release["signatures"])
+    while options.wait and release["state"] in {"pending", "validating"} and time.monotonic() < deadline:
         time.sleep(options.poll_seconds)
         release = server.release(options.model, options.version) or release
     if options.wait or release["state"] not in {"validating", "valid"}:
-        _say(f"{options.model} {options.version} is {release['state']}{release['reason'] and ': ' + release['reason']}")
-    if release["state"] in {"invalid", "revoked"}:
+        say(f"{options.model} {options.version} is {release['state']}{release['reason'] and ': ' + release['reason']}")
+    if release["state"] in {"invalid", "revoked", "withdrawn"}:
         return INVALID
+    if release["state"] == "pending":
+        if not options.wait:
+            say_pending(options, release["signatures"])
+        return PENDING
     return FAILED if options.wait and release["state"] == "validating" else OK
+
+
+def say_pending(options: argparse.Namespace, standing: Mapping[str, Any]) -> None:
+    """How many signatures there are, whose are missing, and what the second person does."""
+    signed, missing = standing["signed"], standing["missing"]
+    say(
+        f"pending: {len(signed)} of {standing['threshold']} signatures; missing: "
+        f"{standing['threshold'] - len(signed)} of {', '.join(missing) or 'no other key'}; the second person runs: "
+        f"fleet-publish sign --model {options.model} --server {options.server} --key THEIR-KEY --role-key CI.pub.json"
+    )
 
 
 def _check_same(present: Mapping[str, Any], variants: Sequence[Variant]) -> None:
@@ -325,10 +380,12 @@ def _check_same(present: Mapping[str, Any], variants: Sequence[Variant]) -> None
 
 
 def _essence(manifest: Manifest) -> Manifest:
-    return replace(manifest, inputs=(), outputs=())
+    """Without what differs from one signing machine to the next: ECDSA signs the same thing anew each time."""
+    said = tuple(item for item in manifest.attachments if item.kind != MODEL_SIGNATURE)
+    return replace(manifest, inputs=(), outputs=(), attachments=said)
 
 
-def _trusted(content: bytes, keys: Sequence[Key]) -> Targets:
+def trusted(content: bytes, keys: Sequence[Key]) -> Targets:
     try:
         metadata = Metadata[Targets].from_bytes(content)
     except DeserializationError as error:
@@ -364,17 +421,41 @@ def _variants(options: argparse.Namespace) -> list[Variant]:
     requires = Requirements(options.min_sdk, options.min_runtime, options.opset, options.memory)
     metadata = _metadata(options.meta)
     version = check_name(options.version, "version")
+    attach = _attached(options.attach, chosen)
     return [
-        build_variant(ReleasePath(options.model, version, name), files, requires=requires, metadata=metadata)
+        build_variant(
+            ReleasePath(options.model, version, name), files, requires=requires, metadata=metadata, attach=attach[name]
+        )
         for name, files in chosen.items()
     ]
+
+
+def _attached(specs: Sequence[str], variants: Sequence[str] | Mapping[str, Any]) -> dict[str, list[tuple[str, Path]]]:
+    """`KIND=FILE` for every variant, `VARIANT:KIND=FILE` for one."""
+    attached: dict[str, list[tuple[str, Path]]] = {name: [] for name in variants}
+    for spec in specs:
+        named, equals, file = spec.partition("=")
+        variant, _, kind = named.rpartition(":")
+        if not equals or kind not in ATTACHMENT_KINDS or (variant and variant not in attached):
+            expected = f"[VARIANT:]KIND=FILE with KIND one of {', '.join(ATTACHMENT_KINDS)}"
+            raise SetupError(f"--attach: expected {expected}; got {spec!r}")
+        for name in [variant] if variant else attached:
+            attached[name].append((kind, Path(file)))
+    return attached
+
+
+def _attachment(path: Path) -> LocalFile:
+    file = _local(path)
+    if file.entry.length > limits.ATTACHMENT:
+        raise SetupError(f"{path}: expected at most {limits.ATTACHMENT} bytes; got {file.entry.length}")
+    return file
 
 
 def _metadata(pairs: Sequence[str]) -> dict[str, str]:
     split = [pair.partition("=") for pair in pairs]
     wrong = [key for key, equals, _ in split if not equals or not key]
     if wrong:
-        raise SetupError(f"--meta: expected KEY=VALUE; got {wrong[0]!r}")
+        raise SetupError(f"--metadata: expected KEY=VALUE; got {wrong[0]!r}")
     return {key: value for key, _, value in split}
 
 
@@ -396,7 +477,7 @@ def _tensors(path: Path) -> tuple[tuple[TensorSpec, ...], tuple[TensorSpec, ...]
         options.log_severity_level = 4
         session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     except Exception as error:  # noqa: BLE001  # onnxruntime has no base class
-        _say(f"note: inputs and outputs are not stated: {' '.join(str(error).split())[:200]}")
+        say(f"note: inputs and outputs are not stated: {' '.join(str(error).split())[:200]}")
         return (), ()
     return _specs(session.get_inputs()), _specs(session.get_outputs())
 
@@ -412,16 +493,8 @@ def _specs(arguments: Sequence[Any]) -> tuple[TensorSpec, ...]:
     )
 
 
-def _read_public(path: Path) -> SSlibKey:
-    try:
-        item = json.loads(path.read_bytes())
-        return SSlibKey.from_dict(item.pop("keyid"), item)
-    except (OSError, AttributeError, KeyError, TypeError, ValueError) as error:
-        raise SetupError(f"{path}: expected a public key as JSON; {error!r}") from error
-
-
-def _known(options: argparse.Namespace) -> list[Key]:
-    return [_read_public(path) for path in options.role_key]
+def known_keys(options: argparse.Namespace) -> list[Key]:
+    return [signing.read_public(path) for path in options.role_key]
 
 
 def _token(options: argparse.Namespace) -> str:
@@ -483,10 +556,10 @@ def _progress(file: LocalFile) -> Iterator[Report]:
         with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
             task = bar.add_task(file.entry.name, total=file.entry.length)
             yield lambda done: bar.update(task, completed=done)
-    _say(f"uploaded {file.entry.name}: {file.entry.length:,} bytes, sha256 {file.entry.sha256}")
+    say(f"uploaded {file.entry.name}: {file.entry.length:,} bytes, sha256 {file.entry.sha256}")
 
 
-def _say(text: str) -> None:
+def say(text: str) -> None:
     sys.stderr.write(text + "\n")
 
 
@@ -495,6 +568,9 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True)
     make = commands.add_parser("keygen", help="make CI's key")
     make.add_argument("out", type=Path, help="where the private key goes (PKCS#8 PEM, 0600)")
+    make.add_argument(
+        "--encrypt", action="store_true", help=f"with a passphrase: {signing.PASSPHRASE}, else asked for twice"
+    )
     _push_arguments(commands.add_parser("push", help="publish a release"))
     taking = commands.add_parser("revoke", help="take a release out of the role")
     taking.add_argument("--version", required=True)
@@ -503,6 +579,9 @@ def _parser() -> argparse.ArgumentParser:
     again.set_defaults(run=renew)
     for command in (taking, again):
         _common_arguments(command)
+    from device_sdk import cosign  # it stands upon this module
+
+    cosign.add_commands(commands)
     return parser
 
 
@@ -510,7 +589,14 @@ def _push_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument("files", nargs="*", type=Path, help="the model first, then files that it refers to")
     command.add_argument("--version", required=True)
     command.add_argument("--variant", action="append", default=[], help="NAME, or NAME=file,file; may be repeated")
-    command.add_argument("--meta", action="append", default=[], metavar="KEY=VALUE")
+    command.add_argument(
+        "--metadata", "--meta", dest="meta", action="append", default=[], metavar="KEY=VALUE",
+        help="signed with the release, such as commit=1f3c or accuracy=0.97; may be repeated",
+    )  # fmt: skip
+    command.add_argument(
+        "--attach", action="append", default=[], metavar="[VARIANT:]KIND=FILE",
+        help=f"signed with the release, kept by the server: {', '.join(ATTACHMENT_KINDS)}; may be repeated",
+    )  # fmt: skip
     command.add_argument("--min-sdk", default="", help="the oldest SDK that can run it")
     command.add_argument("--min-runtime", default="", help="the oldest onnxruntime that can run it")
     command.add_argument("--opset", type=int, default=0)
@@ -523,12 +609,21 @@ def _push_arguments(command: argparse.ArgumentParser) -> None:
 
 
 def _common_arguments(command: argparse.ArgumentParser) -> None:
+    server_arguments(command)
+    signing_arguments(command, "CI's private key: a PEM file or a securesystemslib URI")
+
+
+def server_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument("--model", required=True)
     command.add_argument("--server", required=True, help="address, such as https://fleet.example.com")
-    command.add_argument("--key", required=True, help="CI's private key: a PEM file or a securesystemslib URI")
+    command.add_argument("--token", default="", help="API token; better in FLEET_API_TOKEN")
+    command.set_defaults(key="")
+
+
+def signing_arguments(command: argparse.ArgumentParser, help_text: str) -> None:
+    command.add_argument("--key", required=True, help=help_text)
     command.add_argument("--public", type=Path, help="its public half as JSON; a URI needs it")
     command.add_argument("--role-key", type=Path, action="append", default=[], help="another key whose roles we trust")
-    command.add_argument("--token", default="", help="API token; better in FLEET_API_TOKEN")
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 A call reads one reference and finishes on the release that it read. Nothing on the way of a call takes a lock.
 """
 
+import contextlib
 import ctypes
 import logging
 import math
@@ -20,7 +21,7 @@ from typing import Any, Protocol
 import numpy as np
 import onnxruntime
 
-from device_sdk.errors import InputError, ModelError, NoModelError
+from device_sdk.errors import HeldError, InputError, ModelError, ModelStoppedError, NoModelError, QueueFullError
 from device_sdk.protocol.manifest import Manifest, TensorSpec
 from device_sdk.protocol.names import ReleasePath
 from device_sdk.sampling import decide
@@ -34,6 +35,8 @@ CHECK_EVERY = 16  # a committed release has one call in so many timed, and its o
 RECENT = 1_024  # calls over which latency is reported, of those that were looked at
 _PROBE_SIZES = (1, 32, 224)  # tried for dimensions that the signed shape leaves open
 _PROBE_ELEMENTS = 4_000_000
+MEMORY_LIMIT = "memory_limit"  # the code of a release that asked for more memory than it may have
+_STARVED = ("bad_alloc", "Failed to allocate memory", "AllocateRawInternal", "Cannot allocate memory", "MemoryError")
 _SMALL = 4_096  # elements up to which one dot product finds NaN and infinity fastest
 
 Array = np.ndarray[Any, Any]
@@ -167,24 +170,99 @@ class Loaded:
         self.mine = self.stats.local
 
 
+class Gate:
+    """Where calls wait while a model is swapped without room for two: so many, each for so long. Counts the others."""
+
+    def __init__(self, *, calls: int, seconds: float) -> None:
+        self._seconds = seconds
+        self._calls = calls
+        self._is_open = threading.Event()
+        self._lock = threading.Lock()
+        self._waiting = 0
+        self.held = self.turned_away = 0
+
+    def wait(self) -> None:
+        """Raises QueueFullError, HeldError."""
+        with self._lock:
+            if self._waiting >= self._calls:
+                self.turned_away += 1
+                raise QueueFullError(f"the model is being swapped, and {self._calls} calls wait already")
+            self._waiting += 1
+            self.held += 1
+        in_time = self._is_open.wait(self._seconds)
+        with self._lock:
+            self._waiting -= 1
+            if not in_time:
+                self.turned_away += 1
+        if not in_time:
+            raise HeldError(f"the model is being swapped, for more than {self._seconds:g} s")
+
+    def open(self) -> None:
+        self._is_open.set()
+
+
 class Slot:
     """Holds the release that serves, by one reference; during probation also the one to fall back to."""
 
-    __slots__ = ("_filled", "alarm", "current", "previous", "sampler")
+    __slots__ = ("_filled", "alarm", "awake", "current", "gate", "previous", "sampler", "stopped")
 
     def __init__(self) -> None:
         self.current: Loaded | None = None
         self.previous: Loaded | None = None
         self.sampler: Sampler | None = None
+        self.stopped = ""  # why nothing serves, where that was decided
         self.alarm: Callable[[], None] = lambda: None  # called when a call goes wrong, so that a verdict need not wait
+        self.gate: Gate | None = None  # where calls wait while nothing serves for a moment
+        self.awake: Callable[[], None] = _nothing  # brings the release back where a fork lost it
         self._filled = threading.Event()
+
+    def forget(self, awake: Callable[[], None]) -> None:
+        """In a forked child: let go of sessions whose threads are the parent's; `awake` loads anew.
+
+        Takes no lock: whoever held one is not here. A session's destructor would wait for threads that do not exist,
+        hence it is kept for ever; its pages are shared with the parent.
+        """
+        for loaded in (self.current, self.previous):
+            if loaded is not None:
+                ctypes.pythonapi.Py_IncRef(ctypes.py_object(loaded))
+        self.current = self.previous = self.sampler = None
+        self.alarm, self.awake, self.gate = _nothing, awake, None
+        self._filled = threading.Event()
+
+    def now(self, *, patient: bool = False) -> Loaded | None:
+        """What serves, after a fork too. The way of a call looks at `current`, and comes here if there is none.
+
+        `patient`: wait while the model is being swapped. Raises HeldError then, where it takes too long.
+        """
+        gate = self.gate
+        if gate is not None and patient and self.current is None:
+            gate.wait()
+        elif self.current is None:
+            self.awake()
+        return self.current
+
+    def unload(self, gate: "Gate", *, timeout: float) -> None:
+        """Free what serves before something else is loaded. Calls wait at the gate until `publish`, or `open_gate`."""
+        self.drop_previous(timeout=timeout)
+        self.gate = gate  # first: a call that finds nothing finds it
+        if self.current is not None:
+            holder = [self.current]
+            self.current = None
+            retire(holder, timeout=timeout)
+
+    def open_gate(self) -> None:
+        gate, self.gate = self.gate, None
+        if gate is not None:
+            gate.open()
 
     def publish(self, loaded: Loaded) -> None:
         """Swap: calls that begin from now on use `loaded`, those under way finish on what they have."""
         if self.current is not None and self.previous is None:
             self.previous = self.current
         self.current = loaded
+        self.stopped = ""
         self._filled.set()
+        self.open_gate()
 
     def fall_back(self) -> bool:
         """Serve the previous release again at once. False: it is not in memory."""
@@ -205,14 +283,24 @@ class Slot:
         """What serves now, whatever is published later. For the length of a call: it keeps the release in memory."""
         pinned = Slot.__new__(Slot)
         pinned.current, pinned.previous = self.current, self.previous
-        pinned.sampler, pinned.alarm = self.sampler, self.alarm
+        pinned.sampler, pinned.alarm, pinned.stopped = self.sampler, self.alarm, self.stopped
+        pinned.awake, pinned.gate = _nothing, None
         return pinned
 
-    def clear(self) -> None:
+    def clear(self, reason: str = "") -> None:
+        """Serve nothing. `reason`: that was decided, and calls are told why."""
+        self.stopped = reason
         self.current = None
         self._filled.clear()
 
+    def nothing(self, model: str) -> NoModelError:
+        """What a call gets that finds nothing."""
+        if self.stopped:
+            return ModelStoppedError(f"{model!r} is stopped: {self.stopped}")
+        return NoModelError(f"no release of {model!r} is installed yet")
+
     def wait(self, timeout: float | None) -> bool:
+        self.now()
         return self._filled.wait(timeout)
 
 
@@ -228,23 +316,23 @@ class Model:
 
     @property
     def release(self) -> ReleasePath | None:
-        loaded = self._slot.current
+        loaded = self._slot.now()
         return loaded.path if loaded else None
 
     @property
     def stats(self) -> Counts:
         """Counts of the release that serves, since it was loaded."""
-        loaded = self._slot.current
+        loaded = self._slot.now()
         return loaded.stats.counts() if loaded else Counts()
 
     @property
     def inputs(self) -> Mapping[str, TensorSpec]:
-        loaded = self._slot.current
+        loaded = self._slot.now()
         return loaded.schema.inputs if loaded else {}
 
     @property
     def outputs(self) -> Mapping[str, TensorSpec]:
-        loaded = self._slot.current
+        loaded = self._slot.now()
         return loaded.schema.outputs if loaded else {}
 
     def wait(self, timeout: float | None = None) -> bool:
@@ -254,12 +342,13 @@ class Model:
     def run(self, inputs: Tensors, outputs: Sequence[str] | None = None) -> dict[str, Array]:
         """Infer. Arrays by tensor name, in and out; `outputs` picks some, default all.
 
-        Raises NoModelError (nothing installed), InputError (not what the model takes), ModelError (the model failed).
+        Raises NoModelError (nothing installed; ModelStoppedError: nothing may run), InputError (not what the model
+        takes), ModelError (the model failed), and with `swap="unload-first"` HeldError (it is being swapped).
         """
         slot = self._slot  # every line from here on is paid for by each inference: no lock, one read of `current`
         loaded = slot.current
-        if loaded is None:
-            raise NoModelError(f"no release of {self.name!r} is installed yet")
+        if loaded is None and (loaded := slot.now(patient=True)) is None:
+            raise slot.nothing(self.name)
         try:
             cell = loaded.mine.cell
         except AttributeError:
@@ -284,14 +373,30 @@ class Model:
 
     def run_on(self, inputs: Tensors, outputs: Sequence[str] | None = None) -> tuple[ReleasePath, dict[str, Array]]:
         """As `run`, and say which release answered: after a swap `release` may already be another."""
+        self._slot.now(patient=True)
         pinned = self._slot.pinned()
         if pinned.current is None:
-            raise NoModelError(f"no release of {self.name!r} is installed yet")
+            raise pinned.nothing(self.name)
         path = pinned.current.path
         try:
             return path, Model(self.name, pinned).run(inputs, outputs)
         finally:
             pinned.current = pinned.previous = None  # an error that is kept must not keep the release in memory
+
+
+def _nothing() -> None:
+    return
+
+
+def end_plainly() -> None:
+    """In a forked child: end the process right after Python has ended, with the same status.
+
+    onnxruntime's own clean-up at the end of a process waits for the parent's threads, for ever. glibc only: its
+    `on_exit` calls with the status first, which is what `_exit` takes.
+    """
+    with contextlib.suppress(AttributeError, OSError):
+        libc = ctypes.CDLL(None)
+        libc.on_exit(libc._exit, None)  # noqa: SLF001  the C function's name
 
 
 def load(manifest: Manifest, *, sha256: str, entry: bytes | Path, options: RuntimeOptions) -> Loaded:
@@ -376,7 +481,8 @@ def _make_session(entry: bytes | Path, options: RuntimeOptions) -> Any:
     try:
         return onnxruntime.InferenceSession(source, options.make(), providers=list(options.providers))
     except Exception as error:
-        raise ModelError(f"does not load: {_first_line(error)}", code="load_failed") from error
+        code = MEMORY_LIMIT if is_starved(str(error) or repr(error)) else "load_failed"
+        raise ModelError(f"does not load: {_first_line(error)}", code=code) from error
 
 
 def _specs(arguments: Sequence[Any]) -> dict[str, TensorSpec]:
@@ -426,8 +532,10 @@ def _warm_up(session: Any, schema: Schema, manifest: Manifest) -> None:
             return
         except ModelError:
             raise
-        except Exception as error:  # noqa: BLE001  onnxruntime has no base class
+        except Exception as error:
             problem = _first_line(error)
+            if is_starved(str(error) or repr(error)):  # whatever the sizes: what it asks for is not to be had
+                raise ModelError(f"does not answer: {problem}", code=MEMORY_LIMIT) from error
     if problem and not invented:
         raise ModelError(f"does not answer: {problem}", code="test_failed")
     log.warning("%s could not be warmed up with invented sizes: %s", manifest.path, problem or "no plain tensors")
@@ -473,6 +581,11 @@ def _shown(spec: TensorSpec) -> str:
 
 def _first_line(error: Exception) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0][:300]
+
+
+def is_starved(text: str) -> bool:
+    """Whether an error of onnxruntime's says that it got no memory. It has no class for that."""
+    return any(mark in text for mark in _STARVED)
 
 
 def _warn_of_old_runtime() -> None:

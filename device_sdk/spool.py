@@ -21,10 +21,11 @@ from pathlib import Path
 from random import random, randrange
 from secrets import token_hex
 
-from device_sdk.config import write_durably
+from device_sdk.config import read_plainly, write_durably
 from device_sdk.errors import StorageError
 from device_sdk.intake import Array, Inbox, Intake, Sample
 from device_sdk.packing import BATCH_BYTES, Cover, encode, pack, sample_ids
+from device_sdk.protocol import limits
 from device_sdk.protocol.assignment import Sampling
 from device_sdk.protocol.batches import BatchHead
 from device_sdk.protocol.errors import ProtocolError
@@ -131,6 +132,15 @@ class Spool:
         while (sample := self._inbox.get(0)) is not None:
             self._keep_safely(sample)
         self._note_missed()
+
+    def count_missed(self, missed: Mapping[str, int]) -> None:
+        """Other processes of this device were asked for samples, and kept none: this one alone writes here."""
+        for model, count in missed.items():
+            with self._lock:
+                if model in self._lanes:
+                    self._lose(self._lanes[model], count)
+                    with contextlib.suppress(OSError):
+                        self._save(self._lanes[model])
 
     def sampling(self, model: str) -> Sampling | None:
         """The campaign that was obeyed last; its window holds for the batches that wait."""
@@ -262,11 +272,11 @@ class Spool:
     def _note_missed(self) -> None:
         for model, count in self._inbox.take_missed().items():
             with self._lock:
-                lane = self._lanes[model]
-                lane.dropped += count
-                lane.reservoir = replace(
-                    lane.reservoir, seen=lane.reservoir.seen + count, lost=lane.reservoir.lost + count
-                )
+                self._lose(self._lanes[model], count)
+
+    def _lose(self, lane: _Lane, count: int) -> None:
+        lane.dropped += count
+        lane.reservoir = replace(lane.reservoir, seen=lane.reservoir.seen + count, lost=lane.reservoir.lost + count)
 
     # Sealing
 
@@ -339,7 +349,7 @@ def _odds(sampling: Sampling | None) -> tuple[object, ...]:
 def _load_state(lane: _Lane) -> None:
     """A state that does not parse costs the counts, not the samples."""
     try:
-        state = json.loads((lane.path / "state.json").read_bytes())
+        state = json.loads(read_plainly(lane.path / "state.json", limit=limits.BATCH))
         lane.sampling = Sampling.parse(state["sampling"]) if state["sampling"] else None
         lane.reservoir = Reservoir(**state["reservoir"])
         lane.dropped = int(state["dropped"])
@@ -353,7 +363,7 @@ def _load_batches(lane: _Lane) -> None:
     for path in sorted(lane.batches.glob("*.json"), key=lambda path: path.stat().st_mtime_ns):
         content = path.with_suffix(".zip")
         try:
-            head = BatchHead.parse(json.loads(path.read_bytes()))
+            head = BatchHead.parse(json.loads(read_plainly(path, limit=limits.BATCH)))
             if content.stat().st_size != head.length:
                 raise ProtocolError("malformed", "length")
         except (OSError, ValueError):

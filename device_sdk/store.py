@@ -15,14 +15,15 @@ Refuses: names from the wire as paths, symbolic links, anything whose hash is no
 
 import contextlib
 import errno
+import fcntl
 import hashlib
-import itertools
 import os
 import shutil
 import stat
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from secrets import token_hex
 from threading import RLock
 from typing import BinaryIO, Self
 
@@ -110,21 +111,31 @@ class ModelState:
 class LoadedFiles:
     """A release's files, verified just now. Load at once, then `close`: an open session needs the links no more.
 
+    As a context it raises UntrustedError `hash_mismatch` at its end if a file was touched since it was hashed: a
+    runtime that reads from `entry_path` reads later than we hashed. What was loaded meanwhile must not be used.
+
     `entry_bytes` are the very bytes that were hashed; None where the entry is large or refers to files beside it, and
     is to be loaded from `entry_path`.
     """
 
+    sha256: str
     manifest: Manifest
+    manifest_path: Path
     directory: Path
     entry_path: Path
     entry_bytes: bytes | None
     store: "Store"
+    identities: Mapping[Path, tuple[int, ...]]  # of the files by path, taken before they were hashed
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.close()
+        try:
+            if self.entry_bytes is None:
+                self.store.check_untouched(self)
+        finally:
+            self.close()
 
     def close(self) -> None:
         self.store.release_files(self.directory)
@@ -143,8 +154,8 @@ class Store:
         self._state_file = directory / "state.json"
         self._lock = RLock()
         self._verified: dict[str, tuple[int, ...]] = {}  # blob to the file identity that was hashed, in this process
-        self._open: set[Path] = set()
-        self._serial = itertools.count(1)
+        self._open: dict[Path, int] = {}  # with the descriptor that tells other processes to leave it alone
+        self._spared: set[str] = set()
         with _storage_errors("prepare the store"):
             self._prepare()
         self._generation, self._states = self._read_state()
@@ -158,6 +169,13 @@ class Store:
 
     def state(self, model: str) -> ModelState:
         return self._states.get(check_model(model), ModelState())
+
+    def reload(self) -> None:
+        """Take up what another process wrote. A state that does not parse now is no news."""
+        with self._lock:
+            generation, states = self._read_state()
+            if generation:
+                self._generation, self._states = generation, states
 
     def begin_trial(self, model: str, sha: str) -> None:
         """Make `sha` what `current` answers, on trial. Raises unless it is whole, of this model and not rejected."""
@@ -210,15 +228,15 @@ class Store:
                 errors="replace"
             )
 
-    def current(self, model: str) -> str | None:
+    def current(self, model: str, may: Callable[[str], bool] = lambda _: True) -> str | None:
         """What to run now: the trial, else active, else previous, else the newest manifest that is whole.
 
-        Each candidate's files are hashed (once in this process, while the files stay as they are); rejected ones are
-        passed over. None: nothing here can be run, fetch again.
+        `may` leaves out what trust lets run no more. Each candidate's files are hashed (once in this process, while the
+        files stay as they are); rejected ones are passed over. None: nothing here can be run, fetch again.
         """
         with self._lock:
             for sha in self._candidates(check_model(model)):
-                if not self.is_bad(sha) and self._is_sound(sha):
+                if may(sha) and not self.is_bad(sha) and self._is_sound(sha):
                     return sha
             return None
 
@@ -256,6 +274,34 @@ class Store:
             return False
         return stat.S_ISREG(status.st_mode) and status.st_size == file.length
 
+    def blob_length(self, sha: str) -> int | None:
+        """How long a blob is, by its name alone; None where it is not here."""
+        try:
+            status = os.lstat(self._blobs / check_sha256(sha, "blob"))
+        except OSError:
+            return None
+        return status.st_size if stat.S_ISREG(status.st_mode) else None
+
+    def open_blob(self, sha: str) -> BinaryIO:
+        """A blob to read from. Not hashed: whatever is made of it must be."""
+        with _storage_errors(f"open {sha}"):
+            return self._ops.open(self._blobs / check_sha256(sha, "blob"))
+
+    def open_partial(self, sha: str) -> BinaryIO:
+        """A partial download to read from."""
+        with _storage_errors(f"open what came of {sha}"):
+            return self._ops.open(self.incoming(sha))
+
+    def keep_partial(self, sha: str) -> None:
+        """Until it is discarded, spare a partial download that no manifest names."""
+        with self._lock:
+            self._spared.add(check_sha256(sha, "blob"))
+
+    def free_bytes(self) -> int:
+        """What the disk still takes."""
+        with _storage_errors("look at the free space"):
+            return shutil.disk_usage(self._directory).free
+
     def incoming(self, sha: str) -> Path:
         return self._incoming / f"{check_sha256(sha, 'blob')}.part"
 
@@ -272,14 +318,20 @@ class Store:
             self._ops.unlink(path)
             return 0
 
+    def has_come(self, sha: str) -> bool:
+        """Whether a partial download is whole, by its hash. It stays partial: only `admit` makes it a blob."""
+        with _storage_errors(f"look at what came of {sha}"):
+            return self._hash(self.incoming(sha))[0] == sha
+
     def append(self, sha: str, data: bytes) -> None:
         """Add to a partial download. StorageError `disk_full` leaves what has come, to be resumed."""
         with _storage_errors(f"write {sha}"):
             self._ops.append(self.incoming(sha), data)
 
     def discard(self, sha: str) -> None:
-        with _storage_errors(f"discard {sha}"):
+        with self._lock, _storage_errors(f"discard {sha}"):
             self._ops.unlink(self.incoming(sha))
+            self._spared.discard(sha)
 
     def admit(self, sha: str, length: int) -> None:
         """Turn a complete download into a blob: hash the whole file, sync, rename, sync the directory.
@@ -305,20 +357,32 @@ class Store:
         """
         with self._lock:
             manifest = self.manifest(sha)
-            directory = self._loading / f"{os.getpid()}-{next(self._serial)}"
+            directory = self._loading / f"{os.getpid()}-{token_hex(4)}"  # numbers of processes differ by container
             with _storage_errors(f"open {sha}"):
                 self._ops.mkdir(directory)
-                self._open.add(directory)
+                self._open[directory] = _hold(directory)
                 try:
-                    return self._lay_out(manifest, directory)
+                    return self._lay_out(sha, manifest, directory)
                 except BaseException:
                     self.release_files(directory)
                     raise
 
+    def check_untouched(self, files: LoadedFiles) -> None:
+        """See `LoadedFiles`. A file that was written to is deleted, so that it is fetched again."""
+        with self._lock, _storage_errors(f"look at {files.sha256} again"):
+            for file in files.manifest.files:
+                path = files.directory / file.name
+                before, after = files.identities[path], _exact_identity(os.lstat(path))
+                if before[:-1] != after[:-1]:
+                    self._drop(file, "another, while it was loaded")
+                if before != after:  # linked by another process, most likely: nothing was written
+                    self._check_blob(path, file)
+
     def release_files(self, directory: Path) -> None:
         with self._lock:
-            self._open.discard(directory)
             self._ops.remove_tree(directory)
+            if (descriptor := self._open.pop(directory, None)) is not None:
+                os.close(descriptor)
 
     def collect_garbage(self, *, wanted: Iterable[Manifest] = ()) -> None:
         """Delete what no model runs, tries, or could fall back to. `wanted`: releases whose download goes on."""
@@ -327,11 +391,11 @@ class Store:
             blobs = {f.sha256 for sha in kept for f in self._files_of(sha)}
             expected = blobs | {file.sha256 for manifest in wanted for file in manifest.files}
             self._sweep(self._blobs, expected)
-            self._sweep(self._incoming, {f"{sha}.part" for sha in expected})
+            self._sweep(self._incoming, {f"{sha}.part" for sha in expected | self._spared})
             marks = {name for name in self._ops.names(self._manifests) if name.endswith(".bad")}
             self._sweep(self._manifests, {f"{sha}.json" for sha in kept} | marks)
             for name in self._ops.names(self._loading):
-                if self._loading / name not in self._open:
+                if self._loading / name not in self._open and not _is_held(self._loading / name):
                     self._ops.remove_tree(self._loading / name)
 
     # Parts
@@ -437,12 +501,14 @@ class Store:
         self._ops.unlink(self._blobs / file.sha256)
         raise UntrustedError(f"{file.name}: expected sha256 {file.sha256}; the disk gave {found}", code="hash_mismatch")
 
-    def _lay_out(self, manifest: Manifest, directory: Path) -> LoadedFiles:
+    def _lay_out(self, sha: str, manifest: Manifest, directory: Path) -> LoadedFiles:
         in_memory = len(manifest.files) == 1 and manifest.length <= ENTRY_BYTES_LIMIT
         entry_bytes: bytes | None = None
+        identities = {}
         for file in manifest.files:
             target = directory / file.name
             self._link(self._blobs / file.sha256, target)
+            identities[target] = _exact_identity(os.lstat(target))
             if in_memory:
                 entry_bytes = self._read(target, file.length)
                 if digest(entry_bytes) != file.sha256:
@@ -450,11 +516,14 @@ class Store:
             else:
                 self._check_blob(target, file)
         return LoadedFiles(
+            sha256=sha,
             manifest=manifest,
+            manifest_path=self._manifests / f"{sha}.json",
             directory=directory,
             entry_path=directory / manifest.entry,
             entry_bytes=entry_bytes,
             store=self,
+            identities=identities,
         )
 
     def _link(self, source: Path, target: Path) -> None:
@@ -518,8 +587,35 @@ def _identity(status: os.stat_result) -> tuple[int, ...]:
     return (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
 
 
+def _exact_identity(status: os.stat_result) -> tuple[int, ...]:
+    """With the time of the last change of any kind, which no program can set back."""
+    return (*_identity(status), status.st_ctime_ns)
+
+
+def _hold(directory: Path) -> int:
+    """Mark a folder as in use, by a lock that ends with the process."""
+    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    with contextlib.suppress(OSError):  # a file system without locks: then it may be swept, and is laid out again
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    return descriptor
+
+
+def _is_held(directory: Path) -> bool:
+    try:
+        descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    except OSError:
+        return False
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return True
+    finally:
+        os.close(descriptor)
+    return False
+
+
 def _write_all(path: Path, data: bytes, how: int) -> None:
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC | how, 0o600)
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC | how, 0o600)
     try:
         view = memoryview(data)
         while view:

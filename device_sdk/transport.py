@@ -35,6 +35,8 @@ from device_sdk.protocol import limits
 CHUNK = 256 * 1024
 MAX_REDIRECTS = 5
 ERROR_BODY = 64 * 1024
+_ERROR_SECONDS = 10.0
+SLOWEST = 1024  # bytes a second over `stall_seconds`: less is no link, or somebody who holds us up
 LONGEST_RETRY_AFTER = 86_400.0
 _PORTS = {"http": 80, "https": 443}
 _REPEATS = frozenset({307, 308})  # redirects that keep method and body
@@ -53,7 +55,7 @@ class Answer:
 
 @dataclass(frozen=True, slots=True)
 class StreamAnswer:
-    """`chunks` raises when the limit or the deadline is passed, or the body ends early."""
+    """`chunks` raises when the limit or the deadline is passed, the body stalls, or ends early."""
 
     status: int
     headers: Mapping[str, str]
@@ -79,7 +81,9 @@ class _Origin:
 class Transport:
     """One session to the server. `timeout` bounds each wait for the network, a call's `deadline` the whole exchange.
 
-    Both are durations in seconds. `blob_hosts`: `host` (port of the scheme) or `host:port`.
+    Both are durations in seconds. `blob_hosts`: `host` (port of the scheme) or `host:port`. A stream is given hours,
+    because links are slow; so its headers must be here within `stall_seconds`, and its body must bring `slowest` bytes
+    a second over each such time, not counting what the caller takes between two reads.
     """
 
     def __init__(
@@ -89,6 +93,8 @@ class Transport:
         credential: str,
         *,
         timeout: float = 10.0,
+        stall_seconds: float = 60.0,
+        slowest: int = SLOWEST,
         session: requests.Session | None = None,
     ) -> None:
         self._server = server.rstrip("/")
@@ -96,6 +102,8 @@ class Transport:
         self._blob_hosts = frozenset(_host_rule(host) for host in blob_hosts)
         self._credential = credential
         self._timeout = timeout
+        self._stall_seconds = stall_seconds
+        self._slowest = slowest
         self._session = session or _new_session()
 
     def request(
@@ -116,7 +124,7 @@ class Transport:
         """
         exchange = _Exchange(method, body, headers or {}, time.monotonic() + deadline, authorise=authorise)
         with self._open(url, exchange) as response:
-            content = b"".join(_chunks(response, limit=limit, ends=exchange.ends))
+            content = b"".join(_chunks(response, limit=limit, pace=_Pace(exchange.ends)))
             return Answer(response.status_code, CaseInsensitiveDict(response.headers), content)
 
     @contextlib.contextmanager
@@ -124,9 +132,10 @@ class Transport:
         self, url: str, *, headers: Mapping[str, str] | None = None, limit: int, deadline: float
     ) -> Iterator[StreamAnswer]:
         """GET, and hand the body out chunk by chunk as it comes. Raises as `request` does, `chunks` included."""
-        exchange = _Exchange("GET", None, headers or {}, time.monotonic() + deadline, authorise=True)
+        ends = time.monotonic() + deadline
+        exchange = _Exchange("GET", None, headers or {}, ends, authorise=True, answer_within=self._stall_seconds)
         with self._open(url, exchange) as response:
-            chunks = _chunks(response, limit=limit, ends=exchange.ends)
+            chunks = _chunks(response, limit=limit, pace=_Pace(ends, self._stall_seconds, self._slowest))
             yield StreamAnswer(response.status_code, CaseInsensitiveDict(response.headers), chunks)
 
     def close(self) -> None:
@@ -174,7 +183,7 @@ class Transport:
 
     def _send(self, url: str, exchange: "_Exchange") -> requests.Response:
         left = exchange.left()
-        marker = _ends_at.set(exchange.ends)
+        marker = _ends_at.set(min(exchange.ends, time.monotonic() + exchange.answer_within))
         try:
             request = self._session.prepare_request(requests.Request(exchange.method, url, auth=_as_is))
             request.headers.update(self._headers(url, exchange))
@@ -209,7 +218,17 @@ class Transport:
 class _Exchange:
     """What is asked, and until when (`ends`, monotonic seconds); the same over all hops."""
 
-    def __init__(self, method: str, body: Body, headers: Mapping[str, str], ends: float, *, authorise: bool) -> None:
+    def __init__(
+        self,
+        method: str,
+        body: Body,
+        headers: Mapping[str, str],
+        ends: float,
+        *,
+        authorise: bool,
+        answer_within: float = math.inf,
+    ) -> None:
+        self.answer_within = answer_within  # seconds, of each hop
         self.method = method
         self.headers = headers
         self.ends = ends
@@ -233,9 +252,27 @@ class _Exchange:
         return self._body
 
 
-# Headers that drip in byte by byte reset every socket timeout: a timer ends the wait when the exchange's time is over.
+# What is read as lines (headers, the sizes and the trailer of a chunked body) and drips in byte by byte resets every
+# socket timeout, and a trailer may go on for ever: a timer ends the wait by shutting the socket, in both directions,
+# for what still comes in after a half shutdown would be read.
 
 _ends_at: ContextVar[float] = ContextVar("ends_at", default=math.inf)
+
+
+@contextlib.contextmanager
+def _cut_after(seconds: float, sock: Any) -> Iterator[None]:
+    def cut() -> None:
+        with contextlib.suppress(OSError):
+            if sock is not None:
+                sock.shutdown(SHUT_RDWR)
+
+    timer = threading.Timer(max(seconds, 0), cut)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 class _EndsInTime(HTTPConnection):
@@ -243,22 +280,14 @@ class _EndsInTime(HTTPConnection):
         left = _ends_at.get() - time.monotonic()
         if math.isinf(left):
             return super().getresponse()
-        timer = threading.Timer(max(left, 0), self._cut)
-        timer.daemon = True
-        timer.start()
-        try:
-            response = super().getresponse()
-        finally:
-            timer.cancel()
+        sock = self.sock  # http.client forgets it where the connection is to close
+        with _cut_after(left, sock):
+            response: Any = super().getresponse()
+        response.fleet_socket = sock
         if _ends_at.get() <= time.monotonic():
             response.close()
             raise TimeoutError("headers did not end in time")  # http.client takes the cut for their end
         return response
-
-    def _cut(self) -> None:
-        with contextlib.suppress(OSError):
-            if self.sock is not None:
-                self.sock.shutdown(SHUT_RDWR)
 
 
 class _Plain(HTTPConnectionPool):
@@ -310,28 +339,64 @@ def _host_rule(value: str) -> tuple[str, int | None]:
     return parsed.host.lower(), parsed.port
 
 
-def _chunks(response: requests.Response, *, limit: int, ends: float) -> Iterator[bytes]:
+class _Pace:
+    """How long a body may still take: until `ends`, and at `slowest` in each window of `seconds`."""
+
+    def __init__(self, ends: float, seconds: float = math.inf, slowest: int = SLOWEST) -> None:
+        self.ends = ends
+        self._seconds = seconds
+        self._slowest = slowest
+        self._window_ends = time.monotonic() + seconds
+        self._missing = seconds * slowest
+
+    @property
+    def left(self) -> float:
+        return min(self.ends, self._window_ends) - time.monotonic()
+
+    def rested(self, seconds: float) -> None:
+        """The caller did not read for so long: no fault of the sender's."""
+        self._window_ends += seconds
+
+    def took(self, size: int, place: str) -> None:
+        """Count what one read brought, after however long."""
+        now = time.monotonic()
+        self._missing -= size
+        if now > self.ends:
+            raise TransferError(f"{place}: the overall deadline has passed", code="deadline")
+        if self._missing <= 0:
+            self._window_ends, self._missing = now + self._seconds, self._seconds * self._slowest
+        elif now > self._window_ends:
+            message = f"{place}: less than {self._slowest} bytes a second over {self._seconds:g} s"
+            raise TransferError(message, code="too_slow")
+
+
+def _chunks(response: requests.Response, *, limit: int, pace: _Pace) -> Iterator[bytes]:
     """Hand out the body as it comes: `read1` returns after one wait, so that a drip cannot hide from the deadline."""
     announced = response.headers.get("Content-Length", "")
     has_body = response.status_code != 304 and response.request.method != "HEAD"
     if has_body and announced.isdecimal() and int(announced) > limit:
         raise _too_large(response, limit)
     received = 0
-    while chunk := _read(response, min(CHUNK, limit + 1 - received), ends):
+    while chunk := _read(response, min(CHUNK, limit + 1 - received), pace):
         received += len(chunk)
         if received > limit:
             raise _too_large(response, limit)
-        if time.monotonic() > ends:
-            raise TransferError(f"{_place(response.url)}: the overall deadline has passed", code="deadline")
+        handed_out = time.monotonic()
         yield chunk
+        pace.rested(time.monotonic() - handed_out)
 
 
-def _read(response: requests.Response, size: int, ends: float) -> bytes:
+def _read(response: requests.Response, size: int, pace: _Pace) -> bytes:
+    """One read, timed. A chunked body needs a timer besides: its lines take as many waits as they have bytes."""
+    sock = getattr(response.raw, "fleet_socket", None) if getattr(response.raw, "chunked", False) else None
     try:
-        data: bytes | None = response.raw.read1(size, decode_content=False)
+        with _cut_after(pace.left, sock) if sock is not None else contextlib.nullcontext():
+            data: bytes = response.raw.read1(size, decode_content=False) or b""
     except _FAULTS as error:
-        raise _no_answer(response.url, error, ends=ends) from error
-    return data or b""
+        pace.took(0, _place(response.url))
+        raise _no_answer(response.url, error, ends=pace.ends) from error
+    pace.took(len(data), _place(response.url))
+    return data
 
 
 def _too_large(response: requests.Response, limit: int) -> UntrustedError:
@@ -365,7 +430,7 @@ def _is_page(response: requests.Response) -> bool:
 
 def _error_body(response: requests.Response, ends: float) -> dict[str, str]:
     try:
-        value = json.loads(b"".join(_chunks(response, limit=ERROR_BODY, ends=ends)))
+        value = json.loads(b"".join(_chunks(response, limit=ERROR_BODY, pace=_Pace(ends, _ERROR_SECONDS))))
     except (UntrustedError, TransferError, ValueError, RecursionError):
         return {}
     if not isinstance(value, dict):
@@ -391,6 +456,7 @@ def _seconds_until(date: str) -> float:
 
 def _no_answer(url: str, error: Exception, *, ends: float) -> TransferError:
     code = "timeout" if isinstance(error, (requests.Timeout, TimeoutError)) else ""
+    code = "truncated" if "IncompleteRead" in str(error) else code  # in whatever it comes wrapped
     code = "deadline" if time.monotonic() >= ends else code
     return TransferError(f"{_place(url)}: {type(error).__name__}: {error!s:.300}", code=code)
 

@@ -31,6 +31,7 @@ class State(StrEnum):
     ROLLED_BACK = events.ROLLED_BACK
     FAILED = events.FAILED
     WITHDRAWN = events.WITHDRAWN
+    STOPPED = events.STOPPED
 
 
 class Signal(StrEnum):
@@ -47,6 +48,7 @@ class Signal(StrEnum):
     FAIL = "fail"
     RUNS = "runs"  # the assigned release is the committed one: nothing to do
     WITHDRAW = "withdraw"  # the view names another release, or none
+    STOP = "stop"  # nothing may run, and the policy is to run nothing
     INTERRUPT = "interrupt"  # the process ended in the middle; whatever was downloaded is kept
 
 
@@ -54,14 +56,21 @@ class Why(StrEnum):
     """Reasons of `waiting` and `failed` that are no error's code."""
 
     WINDOW = "window"
+    METERED = "metered"
+    CHARGING = "charging"
+    IDLE = "idle"
+    BUDGET = "budget"  # today's bytes are spent
+    HELD = "hold"  # the program that runs the model asks to wait; its own reason follows
     NETWORK = "network"
     DISK = "disk"
+    MEMORY = "memory"  # too little is free to try the release
     STALE = "stale"  # the view has expired: an outage, or someone who holds back what is new
     KNOWN_BAD = "known_bad"
     CRASHED_IN_TEST = "crashed_in_test"
     CRASH_LOOP = "crash_loop"
     REQUIRES_SDK = "requires_sdk"
     REQUIRES_RUNTIME = "requires_runtime"
+    NOTHING_MAY_RUN = "nothing_may_run"
 
 
 _S, _E = State, Signal
@@ -72,6 +81,7 @@ TRANSITIONS: dict[tuple[State, Signal], State] = {
     (_S.IDLE,        _E.FAIL):       _S.FAILED,       # known bad, or this device lacks what it requires
     (_S.IDLE,        _E.ACTIVATED):  _S.PROBATION,    # a trial was found on disk, its history was lost
     (_S.IDLE,        _E.WITHDRAW):   _S.IDLE,
+    (_S.IDLE,        _E.STOP):       _S.STOPPED,
     (_S.IDLE,        _E.INTERRUPT):  _S.IDLE,
     (_S.WAITING,     _E.HOLD):       _S.WAITING,      # for another reason
     (_S.WAITING,     _E.START):      _S.DOWNLOADING,
@@ -104,7 +114,7 @@ TRANSITIONS: dict[tuple[State, Signal], State] = {
     (_S.PROBATION,   _E.INTERRUPT):  _S.PROBATION,    # the trial goes on, and its starts are counted
 }  # fmt: skip
 
-RESTING = frozenset({State.IDLE, State.COMMITTED, State.ROLLED_BACK, State.FAILED, State.WITHDRAWN})
+RESTING = frozenset({State.IDLE, State.COMMITTED, State.ROLLED_BACK, State.FAILED, State.WITHDRAWN, State.STOPPED})
 
 
 def step(state: State, signal: Signal) -> State:
@@ -140,7 +150,11 @@ class Progress:
 
     def after(self, signal: Signal, reason: str = "") -> "Progress":
         state = step(self.state, signal)
-        tests = self.tests + 1 if state is State.TESTING else 0 if state is State.ACTIVATING else self.tests
+        tests = self.tests
+        if state is State.TESTING:
+            tests += 1
+        elif self.state is State.TESTING and signal is not Signal.INTERRUPT:
+            tests = 0  # it came to an end, good or bad
         return replace(self, state=state, reason=reason, tests=tests)
 
     def says(self, other: "Progress") -> bool:

@@ -37,6 +37,7 @@ SHORTEST, LONGEST = 1.0, 86_400.0  # seconds between polls, whatever the server 
 FIRST_POLL_WITHIN = 10.0  # seconds: a fleet that gets its power back at once must not arrive at once
 FIRST_RETRY = 2.0  # after no answer at all; a server that did answer is left alone for an interval
 REPEAT_REFUSAL = 3_600.0
+RETURN_AFTER = 3_600.0  # seconds after which a device that was turned away asks again: a 401 is not signed
 _DEADLINE = 60.0
 _ANSWER = 64 * limits.KIB
 
@@ -95,7 +96,7 @@ class Loop:
 
 @dataclass(frozen=True, slots=True)
 class PollState:
-    """How polling goes. `stopped`: the code by which the server turned this device away, and polling ended."""
+    """How polling goes. `stopped`: the code by which the server turned this device away; it asks again in an hour."""
 
     last_answer: float = 0.0
     failures: int = 0
@@ -119,6 +120,9 @@ class Context:
     installers: Mapping[str, Installer]
     clock: Clock = field(default_factory=Clock)
     on_view: Callable[[Any], None] = lambda _: None
+    on_change: Callable[[], None] = lambda: None  # after each look at a model: the other processes follow
+    on_settled: Callable[[], None] = lambda: None  # after a look at all models, outside of every lock
+    missed: Callable[[], Mapping[str, int]] = dict  # samples that the other processes did not keep
 
     def runs(self) -> dict[str, str]:
         current = {name: installer.slot.current for name, installer in self.installers.items()}
@@ -132,7 +136,7 @@ class Poller:
         self._it = context
         self._lock = threading.RLock()
         self._want_runs = False
-        self._refused: tuple[str, float] = ("", 0.0)
+        self._told: dict[str, float] = {}  # code of a refusal to when it was told, monotonic
         self.interval = interval
         self.failures = 0
         self.last_answer = 0.0
@@ -159,26 +163,37 @@ class Poller:
         return jitter(self._it.device, "first-poll") * min(self.interval, FIRST_POLL_WITHIN)
 
     def poll(self) -> None:
-        """Ask once, obey the answer, and send what waits to be told. Raises DeviceError."""
+        """Ask once, obey the answer, and send what waits to be told. Raises DeviceError.
+
+        A refused answer is told at once, beside the failing polls: whoever attacks goes on, and no poll may succeed.
+        """
         with self._lock:
             try:
                 self._ask()
                 self.report()
             except DeviceError as error:
                 self._note_failure(error)
+                if self._is_refusing():
+                    self._report_if_possible()
                 raise
             self.failures, self.error = 0, ""
 
     def step(self) -> float | None:
-        """One poll of the background loop. Seconds until the next; None: never again, the server turned us away."""
+        """One poll of the background loop. Seconds until the next."""
         try:
             self.poll()
         except UnauthorizedError:
-            return None
+            return self.return_delay()
         except DeviceError as error:
             log.warning("poll: %s", error)
             return self._retry_delay(error)
         return self._period()
+
+    def return_delay(self) -> float:
+        """Seconds until a device that was turned away asks again. Rarely, each at its own time: a 401 is not
+        signed, whoever sits on the line can say it, and it must not silence a device for ever.
+        """
+        return RETURN_AFTER * (1 + 0.25 * jitter(self._it.device, "return"))
 
     def report(self) -> None:
         """Post events until none are left. Raises TransferError; what was not acknowledged stays."""
@@ -186,34 +201,81 @@ class Poller:
             while not self.stopped and (self._want_runs or self._it.outbox.has_news):
                 self._post()
 
+    def look_at_age(self) -> None:
+        """Report a view that has expired, however polls go: 304 for ever, errors and silence are all ways to freeze.
+
+        A refusal that is known already says more than its consequence.
+        """
+        if self.is_stale() and self._it.journal.refusal in {"", Why.STALE}:
+            self.refuse(UntrustedError("the server offers nothing newer than an expired view", code=Why.STALE))
+
     def refuse(self, error: UntrustedError) -> None:
         """Report what trust refused, once an hour for the same reason: an attack must not fill the outbox."""
-        code, since = self._refused
         now = self._it.clock.monotonic()
-        if error.code == code and now - since < REPEAT_REFUSAL:
+        self._it.journal.keep_refusal(error.code)
+        if now - self._told.get(error.code, -REPEAT_REFUSAL) < REPEAT_REFUSAL:
             return
-        self._refused = (error.code, now)
+        self._told[error.code] = now
         log.error("refused (%s): %s", error.code, error)
         self._it.journal.note(events.REFUSED, Progress(""), reason=error.code, detail={"message": str(error)[:200]})
 
     def _ask(self) -> None:
-        if self.stopped:
-            raise UnauthorizedError(f"the server turned this device away ({self.stopped})", status=401)
         view = self._it.trust.view()
-        tag = Tag(view.version if view else 0, running_digest(self._it.runs()))
+        # Whoever refuses asks for the whole view: only what is signed ends a refusal, a mere 304 proves nothing.
+        held = view.version if view and not self._is_refusing() else 0
+        tag = Tag(held, running_digest(self._it.runs()))
         path = f"{POLL}?{ROOT_PARAMETER}={self._it.trust.root_version}"
         headers = {"If-None-Match": str(tag)}
         try:
             answer = self._it.client.request("GET", path, headers=headers, limit=limits.BUNDLE, deadline=_DEADLINE)
+            self._end_exile()
             self._heed(answer.headers)
             if answer.status != 304:
-                self._it.on_view(self._it.trust.accept(_bundle(answer.body), self._it.clock.now()))
-                self._refused = ("", 0.0)
+                accepted = self._it.trust.accept(_bundle(answer.body), self._it.clock.now())
+                self._it.on_view(accepted)
+                over = self._end_refusal()
+                self._tell_refused_models(view.refused if view and not over else {}, accepted.refused)
         except UntrustedError as error:
             self.refuse(error)
             raise
-        if self.is_stale():
-            self.refuse(UntrustedError("the server offers nothing newer than an expired view", code=Why.STALE))
+        finally:
+            self.look_at_age()
+
+    def _end_exile(self) -> None:
+        if self.stopped:
+            log.warning("the server answers this device again, after %s", self.stopped)
+            self.stopped = ""
+
+    def _is_refusing(self) -> bool:
+        return bool(self._it.journal.refusal)
+
+    def _end_refusal(self) -> bool:
+        """A view was accepted: say so if one was refused before, so that the server knows that it is over."""
+        code = self._it.journal.refusal
+        if not code or self.is_stale():
+            return False
+        log.info("a view is accepted again, after a refusal (%s)", code)
+        self._told.clear()
+        self._it.journal.keep_refusal("")
+        self._it.journal.note(events.ACCEPTED, Progress(""), reason=code)
+        return True
+
+    def _report_if_possible(self) -> None:
+        try:
+            self.report()
+        except DeviceError as error:
+            log.info("events wait: %s", error)
+
+    def _tell_refused_models(self, before: Mapping[str, UntrustedError], now: Mapping[str, UntrustedError]) -> None:
+        """A model that is refused while the others go on: said when it begins, and when it is over."""
+        for model, error in now.items():
+            if model not in before:
+                log.error("%s is refused (%s): %s", model, error.code, error)
+                detail = {"message": str(error)[:200]}
+                self._it.journal.note(events.REFUSED, self._it.journal.get(model), reason=error.code, detail=detail)
+        for model in before.keys() - now.keys():
+            log.info("%s is no longer refused", model)
+            self._it.journal.note(events.ACCEPTED, self._it.journal.get(model), reason=before[model].code)
 
     def _heed(self, headers: Mapping[str, str]) -> None:
         self.last_answer = self._it.clock.now()
@@ -245,7 +307,9 @@ class Poller:
         self.error = f"{error.code}: {error}"
         if isinstance(error, UnauthorizedError) and not self.stopped:
             self.stopped = error.code
-            log.critical("the server turned this device away (%s): it polls no more, and goes on serving", error)
+            log.critical(
+                "the server turned this device away (%s): it asks again in an hour or so, and goes on serving", error
+            )
 
     def _retry_delay(self, error: DeviceError) -> float:
         status = error.status if isinstance(error, TransferError) else 0
@@ -339,13 +403,16 @@ class Worker:
                 except Exception:
                     log.exception("unexpected error with %s; it is looked at again", model)
                     wait = self._settings.look_seconds
+                self._it.on_change()
                 if wait is not None:
                     waits.append(wait)
+        self._it.on_settled()
         return min(waits) if waits else None
 
     def upload(self, *, force: bool) -> Report:
         with self._uploading:
             self.spool.drain()
+            self.spool.count_missed(self._it.missed())
             return self._uploader.run(force=force)
 
     def _take_up(self, model: str) -> None:
@@ -359,8 +426,8 @@ class Worker:
 
     def _poll_step(self) -> float | None:
         now = self._it.clock.monotonic()
-        if self.poller.stopped:
-            return None
+        if self.poller.stopped and now < self._next_poll:
+            return self._next_poll - now
         if now >= self._next_health:
             self._next_health = now + self._settings.health_seconds
             self._tell_health()
@@ -369,12 +436,15 @@ class Worker:
             self._next_poll = self._it.clock.monotonic() + (delay or 0.0)
         elif not self.poller.failures:
             self._report()
+        self.poller.look_at_age()
+        if self.poller.stopped:
+            return max(self._next_poll - now, 0.0)
         return max(min(self._next_poll, self._next_health) - self._it.clock.monotonic(), 0.0)
 
     def _report(self) -> None:
         try:
             self.poller.report()
-        except TransferError as error:
+        except DeviceError as error:
             self._next_poll = self._it.clock.monotonic()  # the poll finds out for itself, and backs off
             log.info("events wait: %s", error)
 
@@ -383,13 +453,13 @@ class Worker:
 
     def _upload_step(self) -> float | None:
         if self.poller.stopped:
-            return None
+            return self._settings.upload_seconds
         try:
             report = self.upload(force=False)
             self._upload_failures = 0
         except UnauthorizedError as error:
             log.warning("upload: %s", error)
-            return None
+            return self.poller.return_delay()
         except DeviceError as error:
             self._upload_failures += 1
             after = error.retry_after if isinstance(error, TransferError) else None
@@ -407,6 +477,7 @@ class Worker:
 
     def _tell_health(self) -> None:
         """Counters since the last time, for each model that was called."""
+        self.spool.count_missed(self._it.missed())
         waiting, dropped = self.spool.waiting(), self.spool.dropped()
         for model, installer in self._it.installers.items():
             loaded = installer.slot.current

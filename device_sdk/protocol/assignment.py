@@ -10,6 +10,8 @@ from device_sdk.protocol.names import ReleasePath, check_model, check_sha256
 DAY_MINUTES = 24 * 60
 MAX_SAMPLES = 10**7
 MAX_JITTER_SECONDS = 86_400
+MAX_BYTES = 2**50
+MAX_HOLD = 86_400  # seconds for which a program may put off an activation, where the assignment says nothing
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +38,41 @@ class Window:
 
 
 ALWAYS = Window(0, 0)
+
+
+@dataclass(frozen=True, slots=True)
+class Conditions:
+    """What an update waits for beside its window, and what it may use; zero and False ask for nothing.
+
+    `free_disk`: bytes that must be free when the release is here; `free_memory`: bytes free when it begins. `rate`:
+    bytes a second, `daily`: bytes in one of the device's days, of downloads. A device heeds the conditions it knows.
+    """
+
+    unmetered: bool = False  # the network is not paid for by the byte
+    charging: bool = False  # or on mains
+    idle: bool = False  # the host has little else to do
+    free_disk: int = 0
+    free_memory: int = 0
+    rate: int = 0
+    daily: int = 0
+
+    def to_json(self) -> dict[str, Any]:
+        """Only what is asked for."""
+        return {name: value for name, value in asdict(self).items() if value}
+
+    @classmethod
+    def parse(cls, value: object) -> "Conditions":
+        item = fields.as_object(value, "conditions")
+        flags: dict[str, Any] = {name: fields.take_bool(item, name) for name in CONDITION_FLAGS}
+        sizes: dict[str, Any] = {
+            name: fields.take_int(item, name, high=MAX_BYTES, default=0) for name in CONDITION_SIZES
+        }
+        return cls(**flags, **sizes)
+
+
+NO_CONDITIONS = Conditions()
+CONDITION_FLAGS = ("unmetered", "charging", "idle")
+CONDITION_SIZES = ("free_disk", "free_memory", "rate", "daily")
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,9 +132,11 @@ class Sampling:
 
 @dataclass(frozen=True, slots=True)
 class Assignment:
-    """One model of one device. `release` None: nothing to install, keep what runs.
+    """One model of one device. `release` None: nothing to install, keep what runs; with `stop`, run nothing.
 
-    `length` and `sha256` are those of the manifest; they stand in the TUF target itself, not in `custom`.
+    `stop` is the model's policy for when nothing may run. Beside a release it is heeded where that one cannot run here
+    and CI no longer lists what does. `length` and `sha256` are those of the manifest; they stand in the TUF target
+    itself, not in `custom`.
     """
 
     model: str
@@ -109,10 +148,13 @@ class Assignment:
     window: Window = ALWAYS
     probation: Probation = field(default_factory=Probation)
     sampling: Sampling | None = None
+    stop: bool = False
+    conditions: Conditions = NO_CONDITIONS
+    max_hold: int = MAX_HOLD
 
     def to_custom(self) -> dict[str, Any]:
         """The TUF `custom` object. Signed, hence without fractions: they stand as text."""
-        return {
+        custom = {
             "release": str(self.release) if self.release else None,
             "rollout": self.rollout,
             "urgent": self.urgent,
@@ -120,6 +162,12 @@ class Assignment:
             "probation": self.probation.to_json(),
             "sampling": self.sampling.to_json() if self.sampling else None,
         }
+        optional: dict[str, Any] = {"stop": True} if self.stop else {}
+        if conditions := self.conditions.to_json():
+            optional["conditions"] = conditions
+        if self.max_hold != MAX_HOLD:
+            optional["max_hold"] = self.max_hold
+        return custom | optional
 
     @classmethod
     def parse(cls, model: str, length: int, sha256: str, custom: object) -> "Assignment":
@@ -139,4 +187,7 @@ class Assignment:
             window=Window.parse(item.get("window")),
             probation=Probation.parse(item.get("probation")),
             sampling=None if sampling is None else Sampling.parse(sampling),
+            stop=fields.take_bool(item, "stop"),
+            conditions=Conditions.parse(item.get("conditions", {})),
+            max_hold=fields.take_int(item, "max_hold", high=365 * 86_400, default=MAX_HOLD),
         )

@@ -15,11 +15,13 @@ WAITING, DOWNLOADING, VERIFYING, TESTING = "waiting", "downloading", "verifying"
 ACTIVATING, PROBATION, COMMITTED = "activating", "probation", "committed"
 FAILED, ROLLED_BACK = "failed", "rolled_back"
 WITHDRAWN = "withdrawn"  # the view stopped naming the release before it was committed; nobody's fault
+STOPPED = "stopped"  # nothing may run, and the policy is to run nothing; `release` is what served until then
 REFUSED = "refused"  # a view or file that trust refused; `reason` is the error's code
+ACCEPTED = "accepted"  # a view was accepted again: ends what `refused` began; `reason` is what had been refused
 HEALTH = "health"  # periodic counters of a model: calls, errors, invalid
 KINDS = frozenset(
     {WAITING, DOWNLOADING, VERIFYING, TESTING, ACTIVATING, PROBATION, COMMITTED, FAILED, ROLLED_BACK, WITHDRAWN}
-    | {REFUSED, HEALTH}
+    | {STOPPED, REFUSED, ACCEPTED, HEALTH}
 )
 DETAIL_KEYS = 32
 DETAIL_CHARS = 200

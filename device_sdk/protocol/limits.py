@@ -7,9 +7,13 @@ BUNDLE = 16 * MIB
 MANIFEST = 256 * KIB
 ARTIFACT = 16 * GIB  # hard cap; the server's setting may be lower
 FILES_PER_VARIANT = 256
+ATTACHMENT = MIB  # what is said about a release, such as a bill of materials; devices never fetch it
+ATTACHMENTS_PER_VARIANT = 16
 VARIANTS_PER_RELEASE = 32
 TENSORS = 256
 RANK = 16
+PATCHES = 64  # offered for one file
+PATCH_OFFERS = 64 * KIB
 
 EVENTS_PER_POST = 100
 EVENT_BODY = 256 * KIB

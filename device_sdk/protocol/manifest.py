@@ -4,15 +4,18 @@ Everything else hangs on it by sha256: a release is often `model.onnx` with `mod
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from hashlib import sha256
 from typing import Any
 
 from device_sdk.protocol import fields, limits
 from device_sdk.protocol.errors import ProtocolError
-from device_sdk.protocol.names import ReleasePath, check_file_name, check_sha256
+from device_sdk.protocol.names import ReleasePath, check_file_name, check_name, check_sha256
 
 FORMAT = 1
+MODEL_SIGNATURE, ML_BOM, PROVENANCE = "model-signature", "ml-bom", "provenance"
+ATTACHMENT_KINDS = (MODEL_SIGNATURE, ML_BOM, PROVENANCE)  # those that a server knows; a device needs none of them
+_PATH = ("model", "version", "variant")
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +37,26 @@ class FileEntry:
 
 
 @dataclass(frozen=True, slots=True)
+class Attachment:
+    """What is said about a variant, in a file of its own. Covered by CI's signature, kept by the server only."""
+
+    kind: str
+    name: str
+    length: int
+    sha256: str
+
+    @classmethod
+    def parse(cls, value: object) -> "Attachment":
+        item = fields.as_object(value, "attachment")
+        return cls(
+            kind=check_name(item.get("kind"), "attachment"),
+            name=check_file_name(item.get("name")),
+            length=fields.take_int(item, "length", high=limits.ATTACHMENT),
+            sha256=check_sha256(item.get("sha256")),
+        )
+
+
+@dataclass(frozen=True, slots=True)
 class TensorSpec:
     """An input or output. `shape` holds a size, a symbolic name, or None where unknown."""
 
@@ -46,7 +69,7 @@ class TensorSpec:
         item = fields.as_object(value, "tensor")
         shape = fields.take_list(item, "shape", limit=limits.RANK)
         for size in shape:
-            if size is not None and not isinstance(size, (int, str)):
+            if isinstance(size, bool) or not (size is None or isinstance(size, (int, str))):
                 raise ProtocolError("malformed", f"shape: expected sizes, names or null; got {size!r:.60}")
         return cls(
             name=fields.take_text(item, "name", limit=256),
@@ -77,6 +100,7 @@ class Manifest:
     outputs: tuple[TensorSpec, ...] = ()
     requires: Requirements = field(default_factory=Requirements)
     metadata: Mapping[str, str] = field(default_factory=dict)
+    attachments: tuple[Attachment, ...] = ()
 
     @property
     def length(self) -> int:
@@ -84,25 +108,20 @@ class Manifest:
 
     def to_bytes(self) -> bytes:
         """The exact bytes that are hashed, signed and stored."""
-        return fields.canonical(
-            {
-                "format": FORMAT,
-                "model": self.path.model,
-                "version": self.path.version,
-                "variant": self.path.variant,
-                "files": [{"name": f.name, "length": f.length, "sha256": f.sha256} for f in self.files],
-                "entry": self.entry,
-                "inputs": [spec.to_json() for spec in self.inputs],
-                "outputs": [spec.to_json() for spec in self.outputs],
-                "requires": {
-                    "sdk": self.requires.sdk,
-                    "runtime": self.requires.runtime,
-                    "opset": self.requires.opset,
-                    "memory": self.requires.memory,
-                },
-                "metadata": dict(self.metadata),
-            }
-        )
+        content = {
+            "format": FORMAT,
+            "model": self.path.model,
+            "version": self.path.version,
+            "variant": self.path.variant,
+            "files": [asdict(file) for file in self.files],
+            "entry": self.entry,
+            "inputs": [spec.to_json() for spec in self.inputs],
+            "outputs": [spec.to_json() for spec in self.outputs],
+            "requires": asdict(self.requires),
+            "metadata": dict(self.metadata),
+        }
+        attached = {"attachments": [asdict(item) for item in self.attachments]} if self.attachments else {}
+        return fields.canonical(content | attached)
 
     @classmethod
     def parse(cls, data: bytes) -> "Manifest":
@@ -117,7 +136,7 @@ class Manifest:
             raise ProtocolError("malformed", f"entry: expected one of the files; got {entry!r}")
         requires = fields.take_object(source, "requires")
         return cls(
-            path=ReleasePath.parse(f"{source.get('model')}/{source.get('version')}/{source.get('variant')}"),
+            path=ReleasePath.parse("/".join(fields.take_text(source, name, limit=64) for name in _PATH)),
             files=files,
             entry=entry,
             inputs=_specs(source, "inputs"),
@@ -129,6 +148,7 @@ class Manifest:
                 memory=fields.take_int(requires, "memory", high=2**50, default=0),
             ),
             metadata=_metadata(source),
+            attachments=_attachments(source),
         )
 
 
@@ -138,6 +158,16 @@ def digest(data: bytes) -> str:
 
 def _specs(source: fields.Json, name: str) -> tuple[TensorSpec, ...]:
     return tuple(TensorSpec.parse(item) for item in fields.take_list(source, name, limit=limits.TENSORS))
+
+
+def _attachments(source: fields.Json) -> tuple[Attachment, ...]:
+    if "attachments" not in source:
+        return ()
+    listed = fields.take_list(source, "attachments", limit=limits.ATTACHMENTS_PER_VARIANT)
+    found = tuple(Attachment.parse(item) for item in listed)
+    if len({item.name for item in found}) != len(found):
+        raise ProtocolError("malformed", "attachments: each name may stand once")
+    return found
 
 
 def _metadata(source: fields.Json) -> dict[str, str]:
