@@ -51,6 +51,16 @@ class TooLarge(FleetError):
     status = 413
 
 
+class TooMany(FleetError):
+    """Too often; `retry_after` seconds from now the caller may try again."""
+
+    status = 429
+
+    def __init__(self, code: str, message: str, *, retry_after: int) -> None:
+        super().__init__(code, message)
+        self.retry_after = retry_after
+
+
 class Unavailable(FleetError):
     """The server cannot do this now (not set up, or a part of it is away)."""
 

@@ -5,6 +5,7 @@ from collections.abc import Iterable
 from contextlib import suppress
 from datetime import datetime, timedelta
 from typing import Any
+from urllib.parse import urlencode
 
 from django.db.models import Model
 from django.template.loader import render_to_string
@@ -17,13 +18,15 @@ from django.utils.timesince import timesince
 # How a state looks, everywhere: the names of unfold's label colours.
 STATE_COLOURS = {
     "active": "success", "pending": "warning", "revoked": "danger",
-    "validating": "info", "valid": "success", "invalid": "danger",
+    "withdrawn": "", "validating": "info", "valid": "success", "invalid": "danger",
     "draft": "", "awaiting_approval": "warning", "running": "info", "paused": "warning", "halted": "danger",
     "cancelled": "", "completed": "success",
     "updating": "info", "committed": "success", "failed": "danger", "rolled_back": "danger", "refused": "danger",
+    "refusing": "danger", "accepted": "success",
     "waiting": "warning", "downloading": "info", "verifying": "info", "testing": "info", "activating": "info",
     "probation": "info", "health": "",
     "announced": "info", "received": "info", "ingested": "success", "rejected": "danger",
+    "ready": "success", "useless": "",
 }  # fmt: skip
 
 
@@ -31,6 +34,14 @@ def page_of(row: Model) -> str:
     """The admin's address of a row."""
     meta = row._meta  # noqa: SLF001  # Django's documented name for it
     return reverse(f"admin:{meta.app_label}_{meta.model_name}_change", args=[row.pk])
+
+
+def audit_link(kind: str, target: str) -> str:
+    """To what the audit trail says of a thing."""
+    query = urlencode({"target_kind": kind, "target": target})
+    return format_html(
+        '<a class="fleet-link" href="{}?{}">Audit trail</a>', reverse("admin:audit_auditentry_changelist"), query
+    )
 
 
 def link(row: Model | None, text: str = "") -> str:

@@ -34,9 +34,13 @@ WEB_THREADS: int = env.int("FLEET_WEB_THREADS", 16)  # requests that one web pro
 TASK_WORKERS: int = env.int("FLEET_TASK_WORKERS", 2)  # processes that validate, ingest and tick
 
 # --- trust -------------------------------------------------------------------------------------------------------
-# securesystemslib URI of the online key: file2:, and whatever KMS or HSM scheme it knows.
+# The online key: a PKCS#8 file (its passphrase: FLEET_KEY_PASSPHRASE), env:NAME, or a KMS or HSM URI.
 ONLINE_KEY_URI: str = env.str("FLEET_ONLINE_KEY_URI", f"file2:{VAR / 'keystore' / 'online.pem'}")
 ONLINE_KEY_PUBLIC: Path = env.path("FLEET_ONLINE_KEY_PUBLIC", VAR / "keystore" / "online.pub.json")  # its public half
+# The online key after the next change of root, in the same forms. The server signs with whichever of both root names.
+NEXT_ONLINE_KEY_URI: str = env.str("FLEET_NEXT_ONLINE_KEY_URI", "")
+# Its public half.
+NEXT_ONLINE_KEY_PUBLIC: Path = env.path("FLEET_NEXT_ONLINE_KEY_PUBLIC", VAR / "keystore" / "online-next.pub.json")
 DEMO_DEVICE_SECRET = "demo:" + "00" * 32
 # Secrets that key the macs of device credentials, newest first: `<id>:<hex>`. The first one signs, all verify.
 DEVICE_SECRETS: list[str] = env.list("FLEET_DEVICE_SECRETS", [DEMO_DEVICE_SECRET])
@@ -51,6 +55,7 @@ LAST_SEEN_FLUSH: float = env.float("FLEET_LAST_SEEN_FLUSH", 1.0)  # seconds that
 MAX_ARTIFACT_BYTES: int = env.int("FLEET_MAX_ARTIFACT_BYTES", 4 * 1024**3)  # of one file of a release
 VALIDATION_SECONDS: int = env.int("FLEET_VALIDATION_SECONDS", 120)  # in which a release must load
 VALIDATION_MEMORY: int = env.int("FLEET_VALIDATION_MEMORY", 4 * 1024**3)  # bytes of address space for the loader
+PATCH_SECONDS: int = env.int("FLEET_PATCH_SECONDS", 600)  # in which a patch between releases must be made; 0: none are
 PRESIGNED_SECONDS: int = env.int("FLEET_PRESIGNED_SECONDS", 900)  # that a presigned URL is good for
 BATCH_RETENTION_DAYS: int = env.int("FLEET_BATCH_RETENTION_DAYS", 30)  # raw batches; data sets are kept
 # Received batches wait this long for company, so that data sets get few, large files. 0: the next sweep takes them.
@@ -131,6 +136,7 @@ CELERY_BEAT_SCHEDULE: dict[str, dict[str, Any]] = {
     "validate-sweep": {"task": "fleet.releases.tasks.sweep", "schedule": SWEEP_SECONDS},
     "feedback-sweep": {"task": "fleet.feedback.tasks.sweep", "schedule": SWEEP_SECONDS},
     "feedback-retention": {"task": "fleet.feedback.tasks.retention", "schedule": crontab(hour="4", minute="30")},
+    "audit-seal": {"task": "fleet.audit.tasks.seal", "schedule": SWEEP_SECONDS},
     "spread-history": {"task": "fleet.devices.tasks.record_spread", "schedule": SWEEP_SECONDS},
     "device-retention": {"task": "fleet.devices.tasks.retention", "schedule": crontab(hour="4", minute="10")},
 }
@@ -156,6 +162,7 @@ INSTALLED_APPS = [
     "drf_spectacular_sidecar",
     "django_structlog",
     "django_prometheus",
+    "fleet.audit",
     "fleet.accounts",
     "fleet.devices",
     "fleet.releases",
@@ -171,11 +178,14 @@ MIDDLEWARE = [
     "django_prometheus.middleware.PrometheusBeforeMiddleware",
     "django.middleware.security.SecurityMiddleware",
     "whitenoise.middleware.WhiteNoiseMiddleware",
-    "django_structlog.middlewares.RequestMiddleware",
+    "fleet.operations.requests.LoggedRequests",
+    "fleet.operations.requests.ContentPolicy",
     "django.contrib.sessions.middleware.SessionMiddleware",
     "django.middleware.common.CommonMiddleware",
     "django.middleware.csrf.CsrfViewMiddleware",
     "django.contrib.auth.middleware.AuthenticationMiddleware",
+    "fleet.audit.context.ActingMiddleware",
+    "fleet.accounts.login.LockedOutMiddleware",
     "django.contrib.messages.middleware.MessageMiddleware",
     "fleet.dashboard.middleware.ViewerTimeZone",
     "django.middleware.clickjacking.XFrameOptionsMiddleware",
@@ -203,10 +213,13 @@ AUTH_PASSWORD_VALIDATORS = [
 USE_TZ = True
 TIME_ZONE = env.str("FLEET_TIME_ZONE", "UTC")  # of the admin's pages, where the browser does not tell
 LANGUAGE_CODE = "en-gb"
+SESSION_ENGINE = "fleet.accounts.sessions"  # keeps a digest of the key: who reads the database is nobody's session
 LOGIN_URL = "admin:login"
 LOGIN_REDIRECT_URL = "admin:index"
 
 BEHIND_TLS: bool = env.bool("FLEET_BEHIND_TLS", PRODUCTION)  # cookies, HSTS, and the proxy's scheme header
+# Proxies of ours in front that tell a client's address in X-Forwarded-For; 0: that header is not believed.
+PROXIES: int = env.int("FLEET_PROXIES", 1 if BEHIND_TLS else 0)
 if BEHIND_TLS:
     SECURE_PROXY_SSL_HEADER = ("HTTP_X_FORWARDED_PROTO", "https")
     SECURE_SSL_REDIRECT = True
@@ -215,6 +228,18 @@ if BEHIND_TLS:
     SECURE_HSTS_PRELOAD = True
     SESSION_COOKIE_SECURE = True
     CSRF_COOKIE_SECURE = True
+
+# --- limits ------------------------------------------------------------------------------------------------------
+# Failed log-ins of one user name from one address; then that name waits there. All limits count failures only, empty
+# is no limit; without Redis each web process counts for itself; of an IPv6 address the first 64 bits count.
+LIMIT_LOGIN: str = env.str("FLEET_LIMIT_LOGIN", "5/5 minutes")
+LIMIT_LOGIN_USER: str = env.str("FLEET_LIMIT_LOGIN_USER", "100/1 hour")  # of one user name, from wherever
+LIMIT_LOGIN_ADDRESS: str = env.str("FLEET_LIMIT_LOGIN_ADDRESS", "50/10 minutes")  # from one address, as whomever
+# Different unknown enrolment tokens from one address; a site behind one address enrols any number with a good one.
+LIMIT_ENROL_ADDRESS: str = env.str("FLEET_LIMIT_ENROL_ADDRESS", "30/10 minutes")
+# Refused enrolments by one token: used up, expired, name taken. So a leaked or spent token costs little.
+LIMIT_ENROL_TOKEN: str = env.str("FLEET_LIMIT_ENROL_TOKEN", "100/1 minute")
+LIMIT_API_TOKEN: str = env.str("FLEET_LIMIT_API_TOKEN", "30/10 minutes")  # different wrong API tokens from one address
 
 # --- logs and metrics --------------------------------------------------------------------------------------------
 LOG_JSON: bool = env.bool("FLEET_LOG_JSON", PRODUCTION)  # one JSON object a line instead of text

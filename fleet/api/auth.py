@@ -6,7 +6,9 @@ from knox.auth import TokenAuthentication
 from rest_framework.exceptions import AuthenticationFailed
 from rest_framework.permissions import BasePermission, DjangoModelPermissions
 
-from fleet.accounts.models import OPERATE, PUBLISH, READ, ApiToken
+from fleet.accounts import limits
+from fleet.accounts.models import MIRROR, OPERATE, PUBLISH, READ, SIGN, ApiToken
+from fleet.audit.addresses import caller_network, client_address
 
 if TYPE_CHECKING:  # the settings name these classes, so the views import this module, not the other way round
     from rest_framework.request import Request
@@ -18,6 +20,17 @@ class ApiTokenAuthentication(TokenAuthentication):  # type: ignore[misc]  # knox
 
     def authenticate_header(self, request: "Request") -> str:
         return "Bearer"
+
+    def authenticate(self, request: "Request") -> Any:
+        """Who shows wrong tokens too often waits: TooMany."""
+        network = caller_network(client_address(request))
+        if request.headers.get("Authorization"):
+            limits.check(limits.API_TOKEN, network)
+        try:
+            return super().authenticate(request)
+        except AuthenticationFailed:
+            limits.failed(limits.API_TOKEN, network, once_for=request.headers.get("Authorization", ""))
+            raise
 
     def authenticate_credentials(self, token: bytes) -> Any:
         if not token.isascii():  # knox would raise UnicodeDecodeError: a 500 for the asking
@@ -43,6 +56,24 @@ class MayPublish(BasePermission):
 
     def has_permission(self, request: "Request", view: "APIView") -> bool:
         return isinstance(request.auth, ApiToken) and _in_scope(request.auth, {PUBLISH})
+
+
+class MaySign(BasePermission):
+    """A token with the scope `sign`, which can only add signatures to a proposal; or `publish`."""
+
+    message = "this needs an API token with the scope 'sign' or 'publish'"
+
+    def has_permission(self, request: "Request", view: "APIView") -> bool:
+        return isinstance(request.auth, ApiToken) and _in_scope(request.auth, {SIGN, PUBLISH})
+
+
+class MayMirror(BasePermission):
+    """A token with the scope `mirror`, which fetches files of valid releases and nothing else."""
+
+    message = "this needs an API token with the scope 'mirror'"
+
+    def has_permission(self, request: "Request", view: "APIView") -> bool:
+        return isinstance(request.auth, ApiToken) and _in_scope(request.auth, {MIRROR})
 
 
 def covers(token: Any, model: str) -> bool:

@@ -3,11 +3,13 @@
 import re
 from typing import IO
 
-from django.http import HttpRequest, HttpResponse, StreamingHttpResponse
+from django.http import HttpRequest, HttpResponse, JsonResponse, StreamingHttpResponse
 from django.http.response import HttpResponseBase
 from django.urls import path
 
+from device_sdk.protocol import limits
 from device_sdk.protocol.names import check_sha256
+from device_sdk.protocol.patches.offers import PatchOffer, offers_to_json
 from fleet.api.device_auth import allow, device_view
 from fleet.devices.models import Device
 from fleet.errors import NotFound, Unavailable
@@ -22,11 +24,10 @@ class UnsatisfiableError(ValueError):
 
 
 class Slice:
-    """Bytes `start` to `end` (excluded) of an open file, in chunks. Closed by the response, read or not."""
+    """The next `length` bytes of an open file, in chunks. Closed by the response, read or not."""
 
-    def __init__(self, file: IO[bytes], start: int, end: int) -> None:
-        self._file, self._left = file, end - start
-        file.seek(start)
+    def __init__(self, file: IO[bytes], length: int) -> None:
+        self._file, self._left = file, length
 
     def __iter__(self) -> "Slice":
         return self
@@ -70,10 +71,25 @@ def blob(request: HttpRequest, device: Device, sha256: str) -> HttpResponseBase:
         raise NotFound("unknown_blob", f"no release of this device's models has the file {sha256}")
     if not storage.is_local():
         return HttpResponse(status=307, headers={"Location": storage.presigned_get(storage.blob_name(sha256))})
-    return _local(request, sha256, artifact.length)
+    return send(request, sha256, artifact.length)
 
 
-def _local(request: HttpRequest, sha256: str, length: int) -> HttpResponseBase:
+@allow("GET", "HEAD")
+@device_view
+def patches(request: HttpRequest, device: Device, sha256: str) -> HttpResponse:
+    """From which files this one can be made with less on the wire. A hint: the device checks what comes out."""
+    if selectors.servable_blob(check_sha256(sha256), device.model_names) is None:
+        raise NotFound("unknown_blob", f"no release of this device's models has the file {sha256}")
+    offers = [
+        PatchOffer(patch.base_sha256, patch.artifact.sha256, patch.artifact.length)
+        for patch in selectors.patches_to(sha256)[: limits.PATCHES]
+        if patch.artifact
+    ]
+    return JsonResponse(offers_to_json(offers), headers={"Cache-Control": "private, no-cache"})
+
+
+def send(request: HttpRequest, sha256: str, length: int) -> HttpResponseBase:
+    """A file, or the range of it that was asked for."""
     tag = f'"{sha256}"'
     headers = {"Accept-Ranges": "bytes", "ETag": tag, "Cache-Control": "private, immutable, max-age=31536000"}
     wanted = request.headers.get("Range", "")
@@ -97,10 +113,13 @@ def _answer(
     if request.method == "HEAD":
         return HttpResponse(status=status, headers=headers, content_type=kind)
     try:
-        file = storage.open_object(storage.blob_name(sha256))
+        file = storage.open_range(storage.blob_name(sha256), start, end)
     except OSError as error:
         raise Unavailable("storage_away", f"the object store does not give {sha256}: {error.strerror}") from error
-    return StreamingHttpResponse(Slice(file, start, end), status=status, headers=headers, content_type=kind)
+    return StreamingHttpResponse(Slice(file, end - start), status=status, headers=headers, content_type=kind)
 
 
-urlpatterns = [path("api/device/v1/blobs/<str:sha256>", blob)]
+urlpatterns = [
+    path("api/device/v1/blobs/<str:sha256>", blob),
+    path("api/device/v1/blobs/<str:sha256>/patches", patches),
+]

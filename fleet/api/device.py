@@ -9,11 +9,14 @@ from device_sdk.protocol import fields, limits, polls
 from device_sdk.protocol.errors import ProtocolError
 from device_sdk.protocol.events import EventPost
 from device_sdk.protocol.polls import EnrolRequest, Tag, running_digest
+from fleet.accounts import limits as door
 from fleet.api import composition
 from fleet.api.device_auth import allow, device_view, open_view, read_body
+from fleet.audit.addresses import caller_network, client_address
 from fleet.devices import selectors as device_selectors
 from fleet.devices import services as devices
 from fleet.devices.models import Device
+from fleet.errors import Conflict, Unauthorized
 from fleet.rollouts import selectors as rollouts
 from fleet.rollouts import services as rollout_services
 from fleet.trust import selectors as trust_selectors
@@ -28,8 +31,21 @@ FIRST_TAG = Tag(0, running_digest({}))  # of a device that has no view and runs 
 def enrol(request: HttpRequest) -> HttpResponse:
     """201 for a new device, 200 for the same one asking again, 202 while it waits for approval."""
     _, _, token = request.headers.get("Authorization", "").partition(" ")
+    token, network = token.strip(), caller_network(client_address(request))
+    door.check(door.ENROL_ADDRESS, network)
+    door.check(door.ENROL_TOKEN, token)
     parsed = fields.parse_object(read_body(request, ENROL_BODY), limit=ENROL_BODY, what="enrolment")
-    enrolment = devices.enrol(token=token.strip(), request=EnrolRequest.parse(parsed))
+    try:
+        enrolment = devices.enrol(token=token, request=EnrolRequest.parse(parsed))
+    except Unauthorized as error:
+        if error.code == devices.UNKNOWN_TOKEN:
+            door.failed(door.ENROL_ADDRESS, network, once_for=token)
+        else:
+            door.failed(door.ENROL_TOKEN, token)
+        raise
+    except Conflict:
+        door.failed(door.ENROL_TOKEN, token)
+        raise
     device = enrolment.device
     pending = device.state == Device.State.PENDING
     return JsonResponse(
@@ -53,7 +69,7 @@ def poll(request: HttpRequest, device: Device) -> HttpResponse:
     changed = known is not None and known.pk != device.runs_id
     devices.mark_seen(device.pk, runs=tag.runs if changed else "")
     assignments = composition.assignments(device, known.runs if known else None)
-    view = trust.current_view(device, assignments)
+    view = trust.current_view(device, assignments, held=tag.view)
     headers = {
         "ETag": str(Tag(view.version, tag.runs)),
         "Cache-Control": "private, no-cache",

@@ -10,7 +10,7 @@ from rest_framework.response import Response
 from rest_framework.views import exception_handler
 
 from device_sdk.protocol.errors import ProtocolError
-from fleet.errors import FleetError
+from fleet.errors import FleetError, TooMany
 
 
 def body(code: str, message: str, detail: Any = None) -> dict[str, Any]:
@@ -24,7 +24,7 @@ def handle(error: Exception, context: dict[str, Any]) -> Response | None:
     """
     context["request"].accepted_renderer, context["request"].accepted_media_type = JSONRenderer(), "application/json"
     if isinstance(error, FleetError):
-        return Response(body(error.code, error.message, error.detail), status=error.status)
+        return Response(body(error.code, error.message, error.detail), status=error.status, headers=_headers(error))
     if isinstance(error, ProtocolError):
         return Response(body(error.code, error.message), status=413 if error.code == "too_large" else 400)
     response = exception_handler(error, context)
@@ -36,11 +36,15 @@ def handle(error: Exception, context: dict[str, Any]) -> Response | None:
 def json_error(error: FleetError | ProtocolError) -> JsonResponse:
     """The same for plain Django views."""
     if isinstance(error, FleetError):
-        response = JsonResponse(body(error.code, error.message, error.detail), status=error.status)
-        if error.status == 401:
-            response["WWW-Authenticate"] = "Bearer"
-        return response
+        shape = body(error.code, error.message, error.detail)
+        return JsonResponse(shape, status=error.status, headers=_headers(error))
     return JsonResponse(body(error.code, error.message), status=413 if error.code == "too_large" else 400)
+
+
+def _headers(error: FleetError) -> dict[str, str]:
+    if isinstance(error, TooMany):
+        return {"Retry-After": str(error.retry_after)}
+    return {"WWW-Authenticate": "Bearer"} if error.status == 401 else {}
 
 
 # What no view answered, or what broke in one (`handler404` and its like in `fleet/urls.py`). People see pages in the
@@ -63,7 +67,7 @@ def denied(request: HttpRequest, exception: Exception) -> HttpResponse:
 def not_found(request: HttpRequest, exception: Exception) -> HttpResponse:
     if _is_page(request):
         return defaults.page_not_found(request, exception)
-    return JsonResponse(body("not_found", f"nothing at {request.path!r:.200}"), status=404)
+    return JsonResponse(body("not_found", "there is nothing at this address"), status=404)
 
 
 def server_error(request: HttpRequest) -> HttpResponse:

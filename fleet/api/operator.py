@@ -8,6 +8,7 @@ from typing import Any
 
 from django.contrib.auth.models import User
 from django.db.models import QuerySet
+from django.http import HttpResponse
 from django.urls import include, path
 from django.utils import timezone
 from django_filters import rest_framework as filters
@@ -29,8 +30,11 @@ from fleet.api.auth import ModelPermissions
 from fleet.devices import selectors as device_selectors
 from fleet.devices import services as devices
 from fleet.devices.models import Device, DeviceEvent, Group
+from fleet.errors import NotFound
 from fleet.feedback import services as feedback
 from fleet.feedback.models import Batch, Campaign
+from fleet.releases import provenance
+from fleet.releases import selectors as release_selectors
 from fleet.releases.models import Model, Release
 from fleet.rollouts import selectors as rollout_selectors
 from fleet.rollouts import services as rollouts
@@ -49,6 +53,16 @@ class MayChange(ModelPermissions):
     """Doing something to a thing is changing it, though it is a POST."""
 
     perms_map = {**ModelPermissions.perms_map, "POST": ["%(app_label)s.change_%(model_name)s"]}
+
+
+class MayReadDevices(ModelPermissions):
+    """Of a release and of devices: what is told is which devices run it."""
+
+    perms_map = {
+        **ModelPermissions.perms_map,
+        "GET": ["releases.view_release", "devices.view_device"],
+        "HEAD": ["releases.view_release", "devices.view_device"],
+    }
 
 
 class MayOperate(ModelPermissions):
@@ -77,9 +91,32 @@ class ReleaseFilter(filters.FilterSet):  # type: ignore[misc]  # django-filter s
 class ReleaseViewSet(ReadOnlyModelViewSet[Release]):
     """What CI published, and what validation found."""
 
-    queryset = Release.objects.select_related("model").prefetch_related("variants")
+    queryset = Release.objects.select_related("model").prefetch_related(
+        "variants__attachments__artifact", "model__provenance_keys"
+    )
     serializer_class = shapes.ReleaseSerializer
     filterset_class = ReleaseFilter
+
+    @extend_schema(responses={200: shapes.StillRunningSerializer(many=True), **REFUSALS})
+    @action(detail=True, filterset_class=None, permission_classes=[MayReadDevices])
+    def still_running(self, request: Request, pk: str) -> Response:
+        """Devices that run it, and why they do not run what is meant for them: who is left of a revoked release."""
+        found: Any = self.paginate_queryset(list(rollout_selectors.still_running(self.get_object())))
+        return self.get_paginated_response(shapes.StillRunningSerializer(found, many=True).data)
+
+    @extend_schema(responses={(200, "application/octet-stream"): OpenApiTypes.BINARY, **REFUSALS})
+    @action(detail=True, url_path="attachments/(?P<sha256>[0-9a-f]{64})", filterset_class=None, pagination_class=None)
+    def attachment(self, request: Request, pk: str, sha256: str) -> HttpResponse:
+        """A file that is attached to it, as it was uploaded. Never shown in place: it may hold anything."""
+        found = release_selectors.attachment(self.get_object(), sha256)
+        if found is None:
+            raise NotFound("unknown_attachment", f"nothing with sha256 {sha256} is attached to this release")
+        headers = {
+            "Content-Disposition": f'attachment; filename="{found.name}"',
+            "X-Content-Type-Options": "nosniff",
+            "Content-Security-Policy": "default-src 'none'; sandbox",
+        }
+        return HttpResponse(provenance.content_of(sha256), content_type="application/octet-stream", headers=headers)
 
 
 # --- devices -----------------------------------------------------------------------------------------------------
@@ -124,20 +161,20 @@ class DeviceViewSet(ReadOnlyModelViewSet[Device]):
     serializer_class = shapes.DeviceSerializer
     filterset_class = DeviceFilter
 
-    @extend_schema(request=None, responses={200: shapes.DeviceSerializer, **WRITE_REFUSALS})
+    @extend_schema(request=shapes.CommentSerializer, responses={200: shapes.DeviceSerializer, **WRITE_REFUSALS})
     @action(detail=True, methods=["post"], permission_classes=[MayChange])
     def approve(self, request: Request, pk: str) -> Response:
         """Let a pending device work."""
         device = self.get_object()
-        devices.approve(device=device, actor=_actor(request))
+        devices.approve(device=device, actor=_actor(request), **_checked(shapes.CommentSerializer, request))
         return self._answer(device)
 
-    @extend_schema(request=None, responses={200: shapes.DeviceSerializer, **WRITE_REFUSALS})
+    @extend_schema(request=shapes.CommentSerializer, responses={200: shapes.DeviceSerializer, **WRITE_REFUSALS})
     @action(detail=True, methods=["post"], permission_classes=[MayChange])
     def revoke(self, request: Request, pk: str) -> Response:
         """Refuse its credential from now on."""
         device = self.get_object()
-        devices.revoke(device=device, actor=_actor(request))
+        devices.revoke(device=device, actor=_actor(request), **_checked(shapes.CommentSerializer, request))
         return self._answer(device)
 
     @extend_schema(request=shapes.PinSerializer, responses={200: shapes.DeviceSerializer, **WRITE_REFUSALS})

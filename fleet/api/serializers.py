@@ -2,10 +2,13 @@
 
 from typing import Any
 
+from drf_spectacular.utils import extend_schema_field
 from rest_framework import serializers
 
+from device_sdk.protocol.assignment import MAX_BYTES
 from fleet.devices.models import Device, DeviceEvent, Group, ModelStatus
 from fleet.feedback.models import Batch, Campaign
+from fleet.releases import selectors as release_selectors
 from fleet.releases.models import Model, Release, Variant
 from fleet.rollouts import selectors
 from fleet.rollouts.models import Rollout, RolloutAction, Stage
@@ -23,7 +26,7 @@ class ErrorSerializer(serializers.Serializer[Any]):
 class ModelSerializer(serializers.ModelSerializer[Model]):
     class Meta:
         model = Model
-        fields = ("id", "name", "description", "created_at")
+        fields = ("id", "name", "description", "when_nothing", "created_at")
 
 
 class TensorSerializer(serializers.Serializer[Any]):
@@ -32,13 +35,35 @@ class TensorSerializer(serializers.Serializer[Any]):
     shape = serializers.ListField(help_text="sizes, symbolic names, or null where unknown")
 
 
+class AttachmentSerializer(serializers.Serializer[Any]):
+    kind = serializers.CharField()
+    name = serializers.CharField()
+    length = serializers.IntegerField(help_text="bytes")
+    sha256 = serializers.CharField()
+    verdict = serializers.CharField(help_text="of a model signature, by the keys that are trusted now; else empty")
+    summary = serializers.DictField(help_text="what it says, in short; all of it as its author wrote it")
+
+
 class VariantSerializer(serializers.ModelSerializer[Variant]):
+    metadata = serializers.SerializerMethodField(help_text="what CI signed besides, by key")
+    attachments = serializers.SerializerMethodField()
     inputs = TensorSerializer(many=True, read_only=True)
     outputs = TensorSerializer(many=True, read_only=True)
 
     class Meta:
         model = Variant
-        fields = ("name", "manifest_sha256", "state", "reason", "inputs", "outputs", "opset", "size", "validated_at")
+        fields = (
+            "name", "manifest_sha256", "state", "reason", "inputs", "outputs", "opset", "size", "validated_at",
+            "metadata", "attachments",
+        )  # fmt: skip
+
+    @extend_schema_field(serializers.DictField(child=serializers.CharField()))
+    def get_metadata(self, variant: Variant) -> dict[str, str]:
+        return release_selectors.metadata(variant)
+
+    @extend_schema_field(AttachmentSerializer(many=True))
+    def get_attachments(self, variant: Variant) -> list[dict[str, Any]]:
+        return [release_selectors.describe_attachment(item) for item in variant.attachments.all()]
 
 
 class ReleaseSerializer(serializers.ModelSerializer[Release]):
@@ -48,7 +73,10 @@ class ReleaseSerializer(serializers.ModelSerializer[Release]):
 
     class Meta:
         model = Release
-        fields = ("id", "model", "version", "state", "reason", "signed_by", "published_by", "created_at", "variants")
+        fields = (
+            "id", "model", "version", "state", "reason", "revoked_by", "revoked_at", "signed_by", "published_by",
+            "created_at", "variants",
+        )  # fmt: skip
 
 
 class StatusSerializer(serializers.ModelSerializer[ModelStatus]):
@@ -69,7 +97,7 @@ class DeviceSerializer(serializers.ModelSerializer[Device]):
     class Meta:
         model = Device
         fields = (
-            "id", "name", "state", "labels", "models", "pins", "runs", "statuses", "sdk", "dropped_events",
+            "id", "name", "state", "labels", "models", "pins", "runs", "statuses", "sdk", "dropped_events", "refusal",
             "enrolled_at", "last_seen",
         )  # fmt: skip
 
@@ -136,7 +164,7 @@ class RolloutSerializer(serializers.ModelSerializer[Rollout]):
         model = Rollout
         fields: tuple[str, ...] = (
             "id", "release", "model", "version", "group", "state", "reason", "stage_index", "stage_since", "stages",
-            "on_failure", "urgent", "created_by", "created_at", "started_at", "finished_at",
+            "on_failure", "urgent", "window", "conditions", "created_by", "created_at", "started_at", "finished_at",
         )  # fmt: skip
 
 
@@ -173,6 +201,26 @@ class ProbationSerializer(serializers.Serializer[Any]):
     max_invalid_rate = serializers.FloatField(required=False, min_value=0, max_value=1)
 
 
+class ConditionsSerializer(serializers.Serializer[Any]):
+    """What a device waits for beside the window, and what it may use. Left out: nothing is asked."""
+
+    unmetered = serializers.BooleanField(required=False, help_text="not on a network that is paid for by the byte")
+    charging = serializers.BooleanField(required=False, help_text="charging, or on mains")
+    idle = serializers.BooleanField(required=False, help_text="the host has little else to do")
+    free_disk = serializers.IntegerField(
+        required=False, min_value=0, max_value=MAX_BYTES, help_text="bytes that must be free when the release is there"
+    )
+    free_memory = serializers.IntegerField(
+        required=False, min_value=0, max_value=MAX_BYTES, help_text="bytes that must be free when it begins"
+    )
+    rate = serializers.IntegerField(
+        required=False, min_value=0, max_value=MAX_BYTES, help_text="bytes a second of downloads; 0: no limit"
+    )
+    daily = serializers.IntegerField(
+        required=False, min_value=0, max_value=MAX_BYTES, help_text="bytes a day of downloads; 0: no limit"
+    )
+
+
 class RolloutCreateSerializer(serializers.Serializer[Rollout]):
     release = serializers.PrimaryKeyRelatedField(queryset=Release.objects.select_related("model"))
     group = serializers.PrimaryKeyRelatedField(queryset=Group.objects.all(), allow_null=True, default=None)
@@ -181,6 +229,7 @@ class RolloutCreateSerializer(serializers.Serializer[Rollout]):
     urgent = serializers.BooleanField(default=False)
     window = WindowSerializer(allow_null=True, default=None)
     probation = ProbationSerializer(allow_null=True, default=None)
+    conditions = ConditionsSerializer(allow_null=True, default=None)
 
 
 class CommentSerializer(serializers.Serializer[Any]):
@@ -239,7 +288,11 @@ class LaggardSerializer(serializers.Serializer[selectors.Laggard]):
     device = serializers.CharField(source="device.name")
     model = serializers.CharField()
     runs = serializers.CharField(help_text="a version, or empty")
-    target = serializers.CharField(help_text="the version meant for it")
+    target = serializers.CharField(help_text="the version meant for it; empty: nothing is")
     why = serializers.CharField()
     detail = serializers.CharField()
     since = serializers.DateTimeField(allow_null=True)
+
+
+class StillRunningSerializer(LaggardSerializer):
+    last_seen = serializers.DateTimeField(source="device.last_seen", allow_null=True)

@@ -8,5 +8,6 @@ urlpatterns: list[URLPattern | URLResolver] = [
     path("", include("fleet.api.batches")),
     path("", include("fleet.api.ci")),
     path("", include("fleet.api.blobs")),
+    path("", include("fleet.api.mirrors")),
     path("", include("fleet.api.tuf")),
 ]

@@ -1,10 +1,12 @@
 """What the pages of single rows show beside their fields: tables for unfold's component, as plain values."""
 
 from base64 import b64encode
-from collections import Counter
-from datetime import timedelta
+from collections import Counter, defaultdict
+from collections.abc import Iterable
+from datetime import datetime, timedelta
 from typing import Any
 
+from django.db.models import QuerySet
 from django.utils import timezone
 from django.utils.html import format_html
 
@@ -15,8 +17,13 @@ from fleet.dashboard import selectors
 from fleet.devices import selectors as devices
 from fleet.devices.models import Device, EnrolmentToken
 from fleet.errors import FleetError
-from fleet.releases.models import Model, Release, Variant
+from fleet.releases import provenance as release_provenance
+from fleet.releases import selectors as release_selectors
+from fleet.releases.models import Attachment, Model, Patch, Release, Variant
+from fleet.rollouts import selectors as rollouts
 from fleet.rollouts.models import Outcome, Rollout, Stage
+from fleet.trust import selectors as trust
+from fleet.trust.models import PendingRole
 from fleet.trust.provisioning import provision
 
 EVENTS = 50
@@ -95,6 +102,7 @@ def device(row: Device) -> dict[str, Any]:
     return {
         "seen": presentation.presence(row.last_seen, devices.offline_before()),
         "labels": presentation.label_chips(row.labels),
+        "refusal": refusal(row),
         "models": _models_of(row),
         "events": events[:EVENTS],
         "more": len(events) > EVENTS,
@@ -118,6 +126,13 @@ def device(row: Device) -> dict[str, Any]:
             ],
         ),
     }
+
+
+def refusal(row: Device) -> dict[str, Any]:
+    """What it refuses now, and since when; empty: nothing."""
+    if not row.refusal:
+        return {}
+    return {**row.refusal, "ago": presentation.ago(datetime.fromisoformat(row.refusal["at"]))}
 
 
 def _models_of(row: Device) -> Table:
@@ -162,6 +177,107 @@ def model(row: Model) -> dict[str, Any]:
     }
 
 
+STILL = 200
+
+
+def revoked(row: Release | None) -> dict[str, Any]:
+    """Of a revoked release: by whom, and which devices still run it and why. Nothing of any other."""
+    if row is None or row.state != Release.State.REVOKED:
+        return {}
+    found = sorted(rollouts.still_running(row), key=lambda each: each.device.name)
+    reasons = Counter(selectors.REASONS.get(each.why, each.why) for each in found)
+    horizon = devices.offline_before()
+    return {
+        "total": len(found),
+        "reasons": reasons.most_common(),
+        "table": table(
+            ["Device", "Why", "Goes to", "Last seen"],
+            [
+                [
+                    presentation.link(each.device),
+                    _why(each),
+                    each.target or "-",
+                    presentation.presence(each.device.last_seen, horizon),
+                ]
+                for each in found[:STILL]
+            ],
+        ),
+    }
+
+
+def _why(each: rollouts.Laggard) -> str:
+    since = format_html(" since {}", presentation.ago(each.since)) if each.since else ""
+    kind = selectors.REASONS.get(each.why, each.why)
+    return format_html('<span><span class="fleet-chip">{}</span> {}{}</span>', kind, each.detail, since)
+
+
+TONES = {"verified": "success", "unverified": "warning"}
+TITLES = {"model-signature": "Model signature", "ml-bom": "Bill of materials", "provenance": "Provenance"}
+
+
+def provenance(row: Release) -> dict[str, Any]:
+    """What CI signed beside the files: metadata, and what is attached."""
+    found = row.variants.prefetch_related("attachments__artifact")
+    attached: dict[str, dict[str, Any]] = {}
+    for variant in found:
+        for item in variant.attachments.all():
+            new = {"of": item, "title": TITLES.get(item.kind, item.kind), "verdicts": [], **_shown(item)}
+            shown = attached.setdefault(f"{item.artifact_id}{item.kind}", new)
+            shown["verdicts"] += _verdict(item)
+    return {"metadata": _metadata(found), "attached": [*attached.values()]}
+
+
+def _metadata(found: Iterable[Variant]) -> list[tuple[str, str]]:
+    """By key; where variants differ, each value with the variants that have it."""
+    values: dict[str, dict[str, list[str]]] = defaultdict(lambda: defaultdict(list))
+    for variant in found:
+        for key, value in release_selectors.metadata(variant).items():
+            values[key][value].append(variant.name)
+    return sorted((key, _differing(by_value)) for key, by_value in values.items())
+
+
+def _differing(variants: dict[str, list[str]]) -> str:
+    """One value, or each value with the variants that have it."""
+    if len(variants) == 1:
+        return next(iter(variants))
+    return "; ".join(f"{value} ({', '.join(names)})" for value, names in variants.items())
+
+
+def _verdict(item: Attachment) -> list[dict[str, str]]:
+    verdict = release_provenance.verdict(item)
+    if verdict is None:
+        return []
+    tone = TONES.get(verdict.state, "danger")
+    return [{"variant": item.variant.name, "state": verdict.state, "text": str(verdict), "tone": tone}]
+
+
+def _shown(item: Attachment) -> dict[str, Any]:
+    """Tables of what an attachment says. All of it is its author's text: templates and tables escape it."""
+    said = item.summary
+    about = [("Name", said.get("name")), ("Version", said.get("version")), ("CycloneDX", said.get("spec"))]
+    about += [("Licences", ", ".join(said.get("licences", []))), ("Data sets", ", ".join(said.get("datasets", [])))]
+    values = [*about, *said.get("values", {}).items()]
+    parts = [
+        [part["type"], part["name"], part["version"], ", ".join(part["licences"])]
+        for part in said.get("components", [])
+    ]
+    return {
+        "facts": [(name, value) for name, value in values if value],
+        "parts": table(["Component", "Name", "Version", "Licences"], parts),
+        "more": said.get("components_total", 0) - len(parts),
+    }
+
+
+def proposal(row: Release | PendingRole) -> dict[str, Any] | None:
+    """What waits for signatures, whose, and what to run; None where nothing does."""
+    if isinstance(row, Release) and row.state != Release.State.PENDING:
+        return None
+    waits = trust.proposal(row.model.name if isinstance(row, Release) else row.role)
+    if waits is None:
+        return None
+    return {"of": waits, "changes": release_selectors.said_of(waits), "command": trust.sign_command(waits.row.role)}
+
+
 def variants(row: Release) -> list[dict[str, Any]]:
     return [_variant(variant) for variant in row.variants.all()]
 
@@ -192,7 +308,21 @@ def _variant(variant: Variant) -> dict[str, Any]:
             if manifest
             else [],
         ),
+        "patches": table(["File", "From", "State", "On the wire", "Saved"], [_patch(row) for row in _patches(variant)]),
     }
+
+
+def _patches(variant: Variant) -> QuerySet[Patch]:
+    return variant.patches.select_related("target", "artifact", "base_variant__release__model")
+
+
+def _patch(row: Patch) -> list[Any]:
+    """One way by which a device may get a file with less on the wire."""
+    origin = f"{row.base_variant.release.version}/{row.base_variant.name}" if row.base_variant else "nothing"
+    if row.artifact is None:
+        return [row.file, origin, presentation.state(row.state), row.reason or "-", "-"]
+    saved = 1 - row.artifact.length / row.target.length
+    return [row.file, origin, presentation.state(row.state), presentation.size(row.artifact.length), f"{saved:.1%}"]
 
 
 def _manifest(variant: Variant) -> Manifest | None:
@@ -206,7 +336,7 @@ def _facts(manifest: Manifest) -> list[tuple[str, str]]:
     floors = manifest.requires
     named = [("Needs SDK", floors.sdk), ("Needs runtime", floors.runtime), ("Needs opset", str(floors.opset or ""))]
     named.append(("Needs memory", presentation.size(floors.memory) if floors.memory else ""))
-    return [(name, value) for name, value in [*named, *sorted(manifest.metadata.items())] if value]
+    return [(name, value) for name, value in named if value]
 
 
 def _shape(sizes: list[Any]) -> str:

@@ -40,6 +40,8 @@ REASONS = {  # of `rollouts.selectors`, for people
     rollouts.WAITING: "waiting",
     rollouts.UPDATING_NOW: "updating",
     rollouts.UNSEEN: "not polled yet",
+    rollouts.REFUSES: "refuses what it is sent",
+    rollouts.KEPT: "kept by policy",
 }
 IN_FLIGHT = (Rollout.State.RUNNING, Rollout.State.PAUSED, Rollout.State.HALTED, Rollout.State.AWAITING_APPROVAL)
 

@@ -27,6 +27,12 @@ def _static(path: str) -> Callable[[HttpRequest], str]:
     return lambda _request: static(path)
 
 
+def _is_on_signed_roles(request: HttpRequest) -> bool:
+    """The Trust page stands below their list's address, and has an entry of its own."""
+    listed = str(reverse_lazy("admin:trust_rolemetadata_changelist"))
+    return request.path.startswith(listed) and request.path != str(reverse_lazy("admin:trust_overview"))
+
+
 def _item(title: str, icon: str, model: str) -> dict[str, Any]:
     """A list of `model` (`app_label.name`), for those who may see it."""
     app, name = model.split(".")
@@ -47,6 +53,7 @@ UNFOLD: dict[str, Any] = {
     "SITE_FAVICONS": [
         {"rel": "icon", "type": "image/svg+xml", "href": _static("dashboard/favicon.svg")},
     ],
+    "LOGIN": {"form": "fleet.accounts.login.LoginForm"},
     "SHOW_HISTORY": False,
     "SHOW_VIEW_ON_SITE": False,
     "SHOW_BACK_BUTTON": True,
@@ -70,6 +77,7 @@ UNFOLD: dict[str, Any] = {
                     _item("Rollouts", "rocket_launch", "rollouts.rollout"),
                     _item("Releases", "new_releases", "releases.release"),
                     _item("Models", "category", "releases.model"),
+                    _item("Provenance keys", "fingerprint", "releases.provenancekey"),
                 ],
             },
             {
@@ -95,7 +103,15 @@ UNFOLD: dict[str, Any] = {
                 "title": "Access",
                 "separator": True,
                 "items": [
-                    _item("Signed roles", "verified_user", "trust.rolemetadata"),
+                    {
+                        "title": "Trust",
+                        "icon": "shield",
+                        "link": reverse_lazy("admin:trust_overview"),
+                        "permission": lambda request: request.user.has_perm("trust.view_rolemetadata"),
+                    },
+                    _item("Signed roles", "verified_user", "trust.rolemetadata") | {"active": _is_on_signed_roles},
+                    _item("Proposed roles", "signature", "trust.pendingrole"),
+                    _item("Audit trail", "history_edu", "audit.auditentry"),
                     _item("API tokens", "key", "accounts.apitoken"),
                     _item("Users", "person", "auth.user"),
                     _item("Permissions", "admin_panel_settings", "auth.group"),

@@ -9,8 +9,9 @@ from django.utils import timezone
 from django.utils.html import format_html
 
 from fleet import presentation
-from fleet.dashboard import selectors
+from fleet.dashboard import pages, selectors
 from fleet.dashboard.selectors import History, Laggards, ModelSpread, Presence
+from fleet.devices import selectors as devices
 from fleet.feedback.models import Batch
 from fleet.rollouts.selectors import Laggard
 from fleet.trust import selectors as trust
@@ -30,6 +31,7 @@ def first_page(request: HttpRequest, context: dict[str, Any]) -> dict[str, Any]:
         context |= {
             "steps": selectors.first_steps(),
             "presence": (presence := selectors.presence(now)),
+            "refusing": devices.refusing().count(),
             "presence_bar": _presence_bar(presence),
             "spreads": [spread_context(spread) for spread in selectors.spreads(now, WINDOWS[chosen])],
         }
@@ -49,6 +51,7 @@ def first_page(request: HttpRequest, context: dict[str, Any]) -> dict[str, Any]:
         }
     if may("trust.view_rolemetadata"):
         context["role_warnings"] = trust.expiring(now)
+        context["proposals"] = [pages.proposal(waits.row) for waits in trust.proposals()]
     return context
 
 

@@ -73,13 +73,26 @@ class SeenFilter(DropdownFilter):  # type: ignore[misc]  # unfold ships no types
         return queryset.filter(choices.get(self.value() or "", Q()))
 
 
+class RefusesFilter(DropdownFilter):  # type: ignore[misc]  # unfold ships no types
+    """Devices that refuse what they are sent: an attack, or a server that was tampered with."""
+
+    title = "Refuses"
+    parameter_name = "refuses"
+
+    def lookups(self, request: HttpRequest, model_admin: Any) -> list[tuple[str, str]]:
+        return [("yes", "what it is sent")]
+
+    def queryset(self, request: HttpRequest, queryset: QuerySet[Device]) -> QuerySet[Device]:
+        return queryset.filter(pk__in=selectors.refusing()) if self.value() == "yes" else queryset
+
+
 @admin.register(Device)
 class DeviceAdmin(ReadOnlyAdmin):
     list_display: ClassVar = ["name", "state_label", "running", "label_list", "sdk_version", "seen"]
-    list_filter: ClassVar = [("state", ChoicesDropdownFilter), RunsFilter, SeenFilter]
+    list_filter: ClassVar = [("state", ChoicesDropdownFilter), RunsFilter, SeenFilter, RefusesFilter]
     search_fields: ClassVar = ["name", "labels", "sdk"]
     list_select_related: ClassVar = ["runs", "token"]
-    fields = ("model_list", "pin_list", "sdk_version", "enrolled_by", "enrolled", "lost")
+    fields = ("model_list", "pin_list", "sdk_version", "enrolled_by", "enrolled", "lost", "audited")
     readonly_fields = fields
     change_form_outer_before_template = "dashboard/device.html"
     actions: ClassVar = ["approve_selected"]
@@ -111,7 +124,9 @@ class DeviceAdmin(ReadOnlyAdmin):
         device = self.found(request, object_id)
         return adminkit.perform(
             request,
-            lambda: services.approve(device=device, actor=adminkit.actor(request)),
+            lambda: services.approve(
+                device=device, actor=adminkit.actor(request), comment=form.cleaned_data["comment"]
+            ),
             done=f"{device} is approved.",
             then=presentation.page_of(device),
         )
@@ -133,7 +148,7 @@ class DeviceAdmin(ReadOnlyAdmin):
         device = self.found(request, object_id)
         return adminkit.perform(
             request,
-            lambda: services.revoke(device=device, actor=adminkit.actor(request)),
+            lambda: services.revoke(device=device, actor=adminkit.actor(request), comment=form.cleaned_data["comment"]),
             done=f"{device} is revoked.",
             then=presentation.page_of(device),
         )
@@ -146,7 +161,7 @@ class DeviceAdmin(ReadOnlyAdmin):
 
     @display(description="State", ordering="state", label=presentation.STATE_COLOURS)
     def state_label(self, device: Device) -> str:
-        return device.state
+        return "refusing" if device.refusal and device.state == Device.State.ACTIVE else device.state
 
     @display(description="Runs")
     def running(self, device: Device) -> str:
@@ -185,6 +200,10 @@ class DeviceAdmin(ReadOnlyAdmin):
     def enrolled(self, device: Device) -> str:
         return presentation.ago(device.enrolled_at)
 
+    @display(description="Changed by")
+    def audited(self, device: Device) -> str:
+        return presentation.audit_link("device", device.name)
+
     @display(description="Events lost on the device")
     def lost(self, device: Device) -> int:
         return device.dropped_events
@@ -196,6 +215,17 @@ class GroupAdmin(ModelAdmin):  # type: ignore[misc]  # unfold ships no types
     list_display: ClassVar = ["name", "chosen_by", "description"]
     search_fields: ClassVar = ["name", "description"]
     fields = ("name", "description", "selector")
+
+    def save_model(self, request: HttpRequest, obj: Group, form: Any, change: bool) -> None:
+        given = form.cleaned_data
+        services.save_group(group=obj, name=given["name"], description=given["description"], selector=given["selector"])
+
+    def delete_model(self, request: HttpRequest, obj: Group) -> None:
+        services.delete_group(group=obj)
+
+    def delete_queryset(self, request: HttpRequest, queryset: QuerySet[Group]) -> None:
+        for group in queryset:
+            services.delete_group(group=group)
 
     @display(description="Chosen by")
     def chosen_by(self, group: Group) -> str:
@@ -272,7 +302,7 @@ class EnrolmentTokenAdmin(KeptAdmin):
         token = self.found(request, object_id)
         return adminkit.perform(
             request,
-            lambda: services.revoke_token(token=token),
+            lambda: services.revoke_token(token=token, comment=form.cleaned_data["comment"]),
             done=f"{token} is revoked.",
             then=presentation.page_of(token),
         )

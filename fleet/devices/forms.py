@@ -10,7 +10,7 @@ from unfold.widgets import (
 )
 
 from device_sdk.protocol.errors import ProtocolError
-from device_sdk.protocol.names import check_model
+from device_sdk.protocol.names import check_model, check_name
 from device_sdk.protocol.polls import check_labels
 from fleet.devices.models import EnrolmentToken, Group
 
@@ -58,6 +58,12 @@ class GroupForm(forms.ModelForm):  # type: ignore[type-arg]
     class Meta:
         model = Group
         fields = ("name", "description", "selector")
+
+    def clean_name(self) -> str:
+        try:
+            return check_name(self.cleaned_data["name"], "group")
+        except ProtocolError as error:
+            raise forms.ValidationError(error.message) from error
 
 
 class NamesField(forms.CharField):

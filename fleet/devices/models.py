@@ -74,6 +74,7 @@ class Device(models.Model):
     runs = models.ForeignKey(RunningSet, null=True, blank=True, on_delete=models.SET_NULL)
     pins = models.JSONField(default=dict, blank=True)  # model to `<version>`: overrides every rollout
     dropped_events = models.PositiveBigIntegerField(default=0)
+    refusal = models.JSONField(default=dict, blank=True)  # {code, message, model, at} while it refuses what it is sent
     enrolled_at = models.DateTimeField(auto_now_add=True)
     last_seen = models.DateTimeField(null=True, blank=True, db_index=True)
 

@@ -5,7 +5,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from datetime import datetime, timedelta
 
 from django.conf import settings
-from django.db.models import Count
+from django.db.models import Count, QuerySet
 from django.utils import timezone
 
 from fleet.devices.models import Device, Group, RunningSet, SpreadSample
@@ -33,6 +33,11 @@ def members(group: Group | None) -> Iterator[Device]:
     return (device for device in active.iterator(chunk_size=2_000) if matches(selector, device.labels))
 
 
+def refusing() -> QuerySet[Device]:
+    """Active devices that refuse what they are sent, by their own last word."""
+    return Device.objects.filter(state=Device.State.ACTIVE).exclude(refusal={})
+
+
 def offline_before() -> datetime:
     """A device that was last seen before this moment is offline."""
     return timezone.now() - timedelta(seconds=MISSED_POLLS * settings.POLL_INTERVAL)
@@ -46,6 +51,16 @@ def spread() -> Spread:
         for model, running in runs.items():
             counts[model][version_of(running)] += number
     return {model: dict(versions) for model, versions in counts.items()}
+
+
+def running(model: str) -> Counter[str]:
+    """How many active devices run which `<version>/<variant>` of a model."""
+    counts: Counter[str] = Counter()
+    active = Device.objects.filter(state=Device.State.ACTIVE, runs__isnull=False)
+    for runs, number in active.order_by().values_list("runs__runs").annotate(number=Count("pk")):
+        if model in runs:
+            counts[runs[model]] += number
+    return counts
 
 
 def spread_history(model: str, since: datetime) -> list[tuple[datetime, dict[str, int]]]:

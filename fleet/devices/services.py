@@ -14,11 +14,13 @@ from django.db.models import Exists, F, OuterRef, Q
 from django.db.models.functions import TruncHour
 from django.utils import timezone
 
-from device_sdk.protocol import fields
+from device_sdk.protocol import events, fields
 from device_sdk.protocol.errors import ProtocolError
 from device_sdk.protocol.events import HEALTH, Event, EventPost
 from device_sdk.protocol.names import check_model, check_name
 from device_sdk.protocol.polls import EnrolRequest, check_labels, running_digest
+from fleet.audit.context import DEVICE, Acting
+from fleet.audit.services import record
 from fleet.devices import credentials, selectors
 from fleet.devices.models import Device, DeviceEvent, EnrolmentToken, Group, ModelStatus, RunningSet, SpreadSample
 from fleet.devices.seen import flush_seen, mark_seen
@@ -27,6 +29,7 @@ from fleet.errors import Conflict, Denied, Invalid, Unauthorized
 __all__ = ["flush_seen", "mark_seen"]
 
 TOKEN_PREFIX = "fle_"  # noqa: S105  # not a secret: tells people and secret scanners what they have found
+UNKNOWN_TOKEN = "enrolment_unknown"  # noqa: S105  # the code of a refusal
 BELIEVABLE = timedelta(days=30)  # how far back a device's clock is taken at its word
 FULL_DETAIL = timedelta(days=2)  # of the spread; older samples are thinned to one an hour
 SPREAD_KEPT = timedelta(days=400)
@@ -50,6 +53,7 @@ def authenticate(header: str | None) -> Device:
     return device
 
 
+@transaction.atomic
 def create_token(
     *,
     name: str,
@@ -78,12 +82,23 @@ def create_token(
         needs_approval=needs_approval,
         created_by=actor,
     )
+    detail = {
+        "id": token.pk,
+        "models": models,
+        "labels": labels,
+        "max_uses": max_uses,
+        "expires": token.expires_at,
+        "needs_approval": needs_approval,
+    }
+    record("enrolment_token.created", target=name, detail=detail)
     return token, secret
 
 
-def revoke_token(*, token: EnrolmentToken) -> None:
+@transaction.atomic
+def revoke_token(*, token: EnrolmentToken, comment: str = "") -> None:
     """Nobody comes in by it any more; devices that did stay."""
-    EnrolmentToken.objects.filter(pk=token.pk, revoked_at=None).update(revoked_at=timezone.now())
+    if EnrolmentToken.objects.filter(pk=token.pk, revoked_at=None).update(revoked_at=timezone.now()):
+        record("enrolment_token.revoked", target=token.name, detail={"id": token.pk}, comment=comment)
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,7 +119,7 @@ def enrol(*, token: str, request: EnrolRequest) -> Enrolment:
     """
     entry = EnrolmentToken.objects.filter(digest=_digest(token), revoked_at=None).first()
     if entry is None:
-        raise Unauthorized("enrolment_unknown", "this enrolment token is not known here, or was revoked")
+        raise Unauthorized(UNKNOWN_TOKEN, "this enrolment token is not known here, or was revoked")
     device = Device.objects.filter(name=request.device).first()
     if device is None:
         try:
@@ -123,7 +138,7 @@ def _admit(entry: EnrolmentToken, request: EnrolRequest) -> Device:
     unspent = EnrolmentToken.objects.filter(pk=entry.pk, uses__lt=F("max_uses"), revoked_at=None)
     if not unspent.update(uses=F("uses") + 1):
         raise Unauthorized("enrolment_used_up", f"this enrolment token was good for {entry.max_uses} devices")
-    return Device.objects.create(
+    device = Device.objects.create(
         name=request.device,
         state=Device.State.PENDING if entry.needs_approval else Device.State.ACTIVE,
         labels={**request.labels, **entry.labels},  # what the operator said wins
@@ -133,6 +148,9 @@ def _admit(entry: EnrolmentToken, request: EnrolRequest) -> Device:
         sdk=request.sdk,
         last_seen=now,
     )
+    detail = {"token": entry.name, "state": device.state, "labels": device.labels, "models": device.model_names}
+    record("device.enrolled", target=device.name, detail=detail, by=Acting(DEVICE, device.name))
+    return device
 
 
 def _same_again(device: Device, request: EnrolRequest) -> Enrolment:
@@ -146,13 +164,16 @@ def _same_again(device: Device, request: EnrolRequest) -> Enrolment:
 # --- what operators do -------------------------------------------------------------------------------------------
 
 
-def approve(*, device: Device, actor: User | str) -> None:
+@transaction.atomic
+def approve(*, device: Device, actor: User | str, comment: str = "") -> None:
     """A pending device may work from now on."""
     _move(device, Device.State.PENDING, Device.State.ACTIVE)
+    record("device.approved", target=device.name, comment=comment)
     logger.info("device_approved", device=device.name, actor=str(actor))
 
 
-def revoke(*, device: Device, actor: User | str) -> None:
+@transaction.atomic
+def revoke(*, device: Device, actor: User | str, comment: str = "") -> None:
     """Its credential is worth nothing from now on, not even if the device comes back. The row stays."""
     if (
         not Device.objects.filter(pk=device.pk)
@@ -160,18 +181,23 @@ def revoke(*, device: Device, actor: User | str) -> None:
         .update(state=Device.State.REVOKED, epoch=F("epoch") + 1)
     ):
         raise Conflict("wrong_state", f"{device.name} is revoked already")
+    before = device.state
     device.refresh_from_db(fields=["state", "epoch"])
+    record("device.revoked", target=device.name, detail={"was": before}, comment=comment)
     logger.info("device_revoked", device=device.name, actor=str(actor))
 
 
-def reissue(*, device: Device, actor: User | str) -> str:
+@transaction.atomic
+def reissue(*, device: Device, actor: User | str, comment: str = "") -> str:
     """A new credential, to be handed to the device out of band. It voids the old one and the enrolment's nonce."""
     updated = Device.objects.filter(pk=device.pk, epoch=device.epoch).update(
         state=Device.State.ACTIVE, epoch=F("epoch") + 1, nonce_digest=""
     )
     if not updated:
         raise Conflict("wrong_state", f"{device.name} was changed meanwhile")
+    before = device.state
     device.refresh_from_db(fields=["state", "epoch", "nonce_digest"])
+    record("device.reissued", target=device.name, detail={"was": before, "epoch": device.epoch}, comment=comment)
     logger.info("device_reissued", device=device.name, actor=str(actor))
     return credentials.credential_for(device)
 
@@ -184,6 +210,8 @@ def set_pin(*, device: Device, model: str, version: str | None, actor: User | st
         locked = Device.objects.select_for_update().get(pk=device.pk)
         pins = {name: pinned for name, pinned in locked.pins.items() if name != model}
         Device.objects.filter(pk=device.pk).update(pins=pins | ({model: version} if version else {}))
+        detail = {"model": model, "version": version, "was": locked.pins.get(model)}
+        record("device.pinned" if version else "device.unpinned", target=device.name, detail=detail)
     device.refresh_from_db(fields=["pins"])
     logger.info("device_pinned", device=device.name, model=model, version=version, actor=str(actor))
 
@@ -194,11 +222,15 @@ def set_labels(*, device: Device, labels: Mapping[str, str], actor: User | str) 
         checked = check_labels(dict(labels))
     except ProtocolError as error:
         raise Invalid(error.code, error.message) from error
-    Device.objects.filter(pk=device.pk).update(labels=checked)
+    with transaction.atomic():
+        before = Device.objects.select_for_update().get(pk=device.pk).labels
+        Device.objects.filter(pk=device.pk).update(labels=checked)
+        record("device.labelled", target=device.name, detail={"labels": checked, "was": before})
     device.labels = checked
     logger.info("device_labelled", device=device.name, labels=checked, actor=str(actor))
 
 
+@transaction.atomic
 def save_group(
     *, group: Group | None = None, name: str, description: str = "", selector: Mapping[str, Sequence[str]]
 ) -> Group:
@@ -210,8 +242,18 @@ def save_group(
         raise Invalid(error.code, error.message) from error
     if Group.objects.filter(name=group.name).exclude(pk=group.pk).exists():
         raise Conflict("group_exists", f"there is a group {group.name!r} already")
+    created = group.pk is None
     group.save()
+    detail = {"selector": group.selector, "description": group.description}
+    record("group.created" if created else "group.changed", target=group.name, detail=detail)
     return group
+
+
+@transaction.atomic
+def delete_group(*, group: Group) -> None:
+    """Refused by the database where a rollout is for it."""
+    group.delete()
+    record("group.deleted", target=group.name, detail={"selector": group.selector})
 
 
 def _selector(value: object) -> dict[str, list[str]]:
@@ -244,7 +286,7 @@ def record_events(device: Device, post: EventPost, *, exists: Callable[[Mapping[
     now = timezone.now()
     DeviceEvent.objects.bulk_create([_row(locked, event, now) for event in new])
     _note_statuses(locked, new, now)
-    _note_device(locked, post, now=now, repeated=bool(post.events) and not new, exists=exists)
+    _note_device(locked, post, new, now=now, repeated=bool(post.events) and not new, exists=exists)
     return new
 
 
@@ -298,8 +340,36 @@ def _next_status(status: ModelStatus, event: Event, now: datetime) -> ModelStatu
     return status
 
 
+# What shows that a model's file came as it was signed, or that nobody wants it any more.
+_BROUGHT = frozenset(
+    {events.TESTING, events.ACTIVATING, events.PROBATION, events.COMMITTED, events.WITHDRAWN, events.ACCEPTED}
+)
+
+
+def refusal_after(refusal: Mapping[str, Any], said: Sequence[Event], now: datetime) -> dict[str, Any]:
+    """What the device refuses after these events; empty: nothing. A poll ends no refusal, it may be a recorded one."""
+    current = dict(refusal)
+    for event in said:
+        if event.kind == events.REFUSED:
+            message, at = str(event.detail.get("message", "")), _believed(event.at, now).isoformat()
+            current = {"code": event.reason, "message": message, "model": event.model, "at": at}
+        elif current and _ends_refusal(event, str(current["model"])):
+            current = {}
+    return current
+
+
+def _ends_refusal(event: Event, model: str) -> bool:
+    return event.kind in _BROUGHT and event.model == model if model else event.kind == events.ACCEPTED
+
+
 def _note_device(
-    device: Device, post: EventPost, *, now: datetime, repeated: bool, exists: Callable[[Mapping[str, str]], bool]
+    device: Device,
+    post: EventPost,
+    new: Sequence[Event],
+    *,
+    now: datetime,
+    repeated: bool,
+    exists: Callable[[Mapping[str, str]], bool],
 ) -> None:
     changes: dict[str, Any] = {"last_seen": now, "sdk": post.sdk or device.sdk}
     if not repeated:
@@ -307,6 +377,9 @@ def _note_device(
     known = _known_set(device, post.runs, exists)
     if known is not None:
         changes["runs"] = known
+    refusal = refusal_after(device.refusal, new, now)
+    if refusal != device.refusal:
+        changes["refusal"] = refusal
     Device.objects.filter(pk=device.pk).update(**changes)
 
 

@@ -23,6 +23,7 @@ from django.utils import timezone
 
 from device_sdk.protocol.batches import BatchHead
 from device_sdk.protocol.fields import plain
+from fleet.audit.services import record
 from fleet.devices.models import Device
 from fleet.errors import Conflict, Invalid, NotFound, TooLarge
 from fleet.feedback import datasets, parsing, selectors
@@ -315,7 +316,7 @@ def retire() -> int:
 # --- campaigns -------------------------------------------------------------------------------------------------------
 def create_campaign(*, name: str, model: Model, expires_at: datetime, **options: Any) -> Campaign:
     """Ask every device that runs `model` for samples. `options`: rate, max_samples, window_start and _end, jitter."""
-    return _save(Campaign(name=name, model=model, expires_at=expires_at, **options))
+    return _save(Campaign(name=name, model=model, expires_at=expires_at, **options), "campaign.created")
 
 
 def change_campaign(*, campaign: Campaign, **changes: Any) -> Campaign:
@@ -324,7 +325,7 @@ def change_campaign(*, campaign: Campaign, **changes: Any) -> Campaign:
         if name not in CHANGEABLE:
             raise Invalid("invalid", f"expected one of {sorted(CHANGEABLE)}; got {name!r:.40}")
         setattr(campaign, name, value)
-    return _save(campaign, fields=changes)
+    return _save(campaign, "campaign.changed", fields=changes)
 
 
 def end_campaign(*, campaign: Campaign) -> Campaign:
@@ -336,10 +337,13 @@ CHANGEABLE = frozenset(
 )  # another name or model is another campaign
 
 
-def _save(campaign: Campaign, fields: Mapping[str, Any] | None = None) -> Campaign:
+@transaction.atomic
+def _save(campaign: Campaign, action: str, fields: Mapping[str, Any] | None = None) -> Campaign:
     try:
         campaign.full_clean()
     except ValidationError as error:
         raise Invalid("invalid_campaign", "; ".join(error.messages), error.message_dict) from error
     campaign.save(update_fields=None if fields is None else list(fields))
+    terms = {name: getattr(campaign, name) for name in sorted(fields if fields is not None else CHANGEABLE)}
+    record(action, target=campaign.name, detail={"model": campaign.model.name, **terms})
     return campaign

@@ -11,6 +11,8 @@ from urllib.parse import urlsplit
 from django.conf import settings
 from django.core.checks import CheckMessage, Error, Tags, Warning, register  # noqa: A004  # Django's names
 
+from fleet.accounts import limits
+
 MIN_SECRET_BYTES = 32
 DEVICE_SECRET = re.compile(rf"[a-z0-9-]{{1,16}}:(?:[0-9a-f]{{2}}){{{MIN_SECRET_BYTES},}}")
 POSITIVE = (
@@ -22,7 +24,7 @@ Findings = Iterator[CheckMessage]
 
 
 def register_all() -> None:
-    for check in (secrets, addresses, parts, intervals):
+    for check in (secrets, addresses, parts, intervals, rates):
         register(_as_check(check), Tags.security)
 
 
@@ -88,6 +90,18 @@ def intervals() -> Findings:
     for name in POSITIVE:
         if getattr(settings, name) <= 0:
             yield Error(f"FLEET_{name} must be over 0.", hint="Leave it out for the default.", id="fleet.E015")
+
+
+def rates() -> Findings:
+    for name in limits.ALL:
+        if not limits.readable(getattr(settings, name)):
+            yield Error(
+                f"FLEET_{name} is {getattr(settings, name)!r}, which is no limit.",
+                hint="Such as 5/10 minutes; empty for no limit.",
+                id="fleet.E016",
+            )
+    if settings.PROXIES < 0:
+        yield Error("FLEET_PROXIES must be 0 or more.", hint="How many proxies of yours are in front.", id="fleet.E017")
 
 
 def database_engine() -> str:

@@ -23,7 +23,8 @@ _SECRETS = tuple(
     for pattern in (
         r"(\b(?:authorization|cookie)['\"]?\s*[:=]\s*)[^\r\n]+()",
         r"(\bbearer\s+)[^\s'\",]+()",
-        r"(\bflt_)\w+()",
+        r"(\bfl[te]_)[\w-]+()",  # API tokens, enrolment tokens
+        r"([?&;](?:[\w-]*[_-])?(?:token|key|secret|password|credential|signature|nonce|code)=)[^&\s'\"]+()",
         r"()\b[\w-]+\.\d+\.[\w-]+\.[\w-]{24,}=*()",  # a device's credential: <device>.<epoch>.<key id>.<mac>
         r"(/tuf/[^/\s]+/)[^/\s'\"?]+()",  # the view key of the plain TUF addresses
         r"(X-Amz-(?:Signature|Credential|Security-Token)=)[^&\s'\"]+()",  # of a presigned URL
@@ -110,6 +111,7 @@ def configure(options: Mapping[str, Any]) -> None:
                 # django_structlog logs what failed, with the request's id; twice would be noise.
                 "django.request": {"level": "CRITICAL"},
                 "botocore": {"level": "WARNING"},
+                "tuf": {"level": "WARNING"},  # "No signature for keyid": a missing second signature is no news
                 "celery.beat": {"level": "WARNING"},
                 "celery.app.trace": {"level": "WARNING"},  # "succeeded in 0.01s", twelve times a minute
                 "celery.worker.strategy": {"level": "WARNING"},

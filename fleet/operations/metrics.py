@@ -20,10 +20,13 @@ from prometheus_client.registry import Collector
 
 from fleet.api.device_auth import allow
 from fleet.api.errors import body
+from fleet.audit import selectors as audit
 from fleet.devices.models import Device
 from fleet.feedback.models import Batch
 from fleet.releases.models import Release
 from fleet.rollouts.models import Rollout
+from fleet.trust import selectors as trust
+from fleet.trust import standing
 from fleet.trust.models import RoleMetadata
 
 PERMISSION = "devices.view_device"
@@ -67,7 +70,13 @@ class FleetCollector(Collector):
         yield _by_state("fleet_releases", "Releases by state", Release.objects.all())
         yield _by_state("fleet_rollouts", "Rollouts by state", Rollout.objects.all())
         yield _by_state("fleet_batches", "Batches of samples by state", Batch.objects.all())
+        head = audit.head()
+        # A hash pinned by monitoring outside shows a trail that was cut or written anew: `audit verify --head`.
+        yield _gauge("fleet_audit_head", "Newest position of the audit trail", {(head.hash,): head.position}, "hash")
+        yield _gauge("fleet_audit_unsealed", "Audit entries without a place in the chain", {(): audit.unsealed()})
         yield _gauge("fleet_role_expiry_seconds", "Seconds until signed metadata expires", _expiries(), "role")
+        yield _gauge("fleet_role_missing_signatures", "Signatures that a proposed role lacks", _missing(), "role")
+        yield _gauge("fleet_device_views", "Views of active devices by how fresh they are", _views(), "state")
 
 
 def _by_state(name: str, help_text: str, everything: QuerySet[Any]) -> GaugeMetricFamily:
@@ -86,6 +95,16 @@ def _expiries() -> dict[tuple[str, ...], float]:
     wanted = dict(newest)
     rows = RoleMetadata.objects.filter(version__in=set(wanted.values())).values_list("role", "version", "expires_at")
     return {(role,): (expires - now).total_seconds() for role, version, expires in rows if wanted[role] == version}
+
+
+def _missing() -> dict[tuple[str, ...], float]:
+    return {(found.row.role,): found.signatures.lacking for found in trust.proposals()}
+
+
+def _views() -> dict[tuple[str, ...], float]:
+    found = standing.views(timezone.now())
+    fresh = found.total - found.due - found.expired
+    return {("fresh",): fresh, ("due",): found.due, ("expired",): found.expired}
 
 
 def _gauge(

@@ -10,6 +10,7 @@ from unfold.contrib.filters.admin import ChoicesDropdownFilter, RelatedDropdownF
 from unfold.decorators import action, display
 from unfold.enums import ActionVariant
 
+from device_sdk.protocol.assignment import CONDITION_FLAGS, CONDITION_SIZES
 from fleet import adminkit, presentation
 from fleet.adminkit import CommentForm, KeptAdmin, OptionalCommentForm, dialog
 from fleet.errors import FleetError
@@ -25,18 +26,32 @@ def offered(state: str | None) -> set[str]:
     return {action for (before, action) in services.TRANSITIONS if before == state}
 
 
+def condition_texts(conditions: dict[str, Any]) -> list[str]:
+    """What a device waits for and may use, for people."""
+    flags = [name for name in CONDITION_FLAGS if conditions.get(name)]
+    return flags + [
+        _SIZE_TEXTS[name].format(presentation.size(conditions[name])) for name in _SIZE_TEXTS if conditions.get(name)
+    ]
+
+
+_SIZE_TEXTS = {
+    "free_disk": "{} of disk free", "free_memory": "{} of memory free", "rate": "{} a second", "daily": "{} a day",
+}  # fmt: skip
+
+
 @admin.register(Rollout)
 class RolloutAdmin(KeptAdmin):
     list_display: ClassVar = ["name", "to", "state_label", "stage", "counts", "started", "by"]
     list_filter: ClassVar = [("state", ChoicesDropdownFilter), ("release__model", RelatedDropdownFilter)]
     search_fields: ClassVar = ["release__version", "release__model__name", "group__name"]
     list_select_related: ClassVar = ["release__model", "group", "created_by"]
-    fields = ("to", "on_failure", "install", "probation_text", "by", "started", "finished")
+    fields = ("to", "on_failure", "install", "waits_for", "probation_text", "by", "started", "finished", "audited")
     readonly_fields = fields
     add_fieldsets = (
         (None, {"fields": ("release", "group")}),
         ("Stages", {"fields": ("percents", "soak_minutes", "success_percent", "min_reports", "failure_budget")}),
         ("On the device", {"fields": ("on_failure", "urgent", "window_start", "window_end", "start_now")}),
+        ("It waits until", {"fields": (*CONDITION_FLAGS, *CONDITION_SIZES)}),
     )
     change_form_outer_before_template = "dashboard/rollout.html"
     actions_detail: ClassVar = ["start", "resume", "pause", "roll_back", "cancel"]
@@ -203,6 +218,10 @@ class RolloutAdmin(KeptAdmin):
     def finished(self, rollout: Rollout) -> str:
         return presentation.ago(rollout.finished_at, never="not yet")
 
+    @display(description="Changed by")
+    def audited(self, rollout: Rollout) -> str:
+        return presentation.audit_link("rollout", str(rollout.pk))
+
     @display(description="Devices install")
     def install(self, rollout: Rollout) -> str:
         if rollout.urgent:
@@ -212,6 +231,10 @@ class RolloutAdmin(KeptAdmin):
         return "from " + " to ".join(
             f"{m // 60:02}:{m % 60:02}" for m in (rollout.window["start"], rollout.window["end"])
         )
+
+    @display(description="Conditions")
+    def waits_for(self, rollout: Rollout) -> str:
+        return presentation.chips(condition_texts(rollout.conditions))
 
     @display(description="Probation")
     def probation_text(self, rollout: Rollout) -> str:

@@ -13,10 +13,22 @@ from unfold.widgets import (
     UnfoldBooleanSwitchWidget,
 )
 
+from device_sdk.protocol.assignment import CONDITION_FLAGS, MAX_BYTES
 from fleet.devices.models import Group
 from fleet.releases.models import Release
 from fleet.rollouts import services
 from fleet.rollouts.models import Rollout
+
+
+def _megabytes(label: str, help_text: str) -> forms.IntegerField:
+    return forms.IntegerField(
+        label=label,
+        required=False,
+        min_value=0,
+        max_value=MAX_BYTES // 10**6,
+        widget=UnfoldAdminIntegerFieldWidget,
+        help_text=help_text,
+    )
 
 
 class RolloutForm(forms.ModelForm):  # type: ignore[type-arg]
@@ -56,7 +68,7 @@ class RolloutForm(forms.ModelForm):  # type: ignore[type-arg]
         choices=Rollout.OnFailure.choices, initial=Rollout.OnFailure.ROLL_BACK, widget=UnfoldAdminSelectWidget
     )
     urgent = forms.BooleanField(
-        required=False, widget=UnfoldBooleanSwitchWidget, help_text="Devices do not wait for their window."
+        required=False, widget=UnfoldBooleanSwitchWidget, help_text="Devices wait for free disk and memory only."
     )
     window_start = forms.TimeField(
         label="Install from",
@@ -65,6 +77,26 @@ class RolloutForm(forms.ModelForm):  # type: ignore[type-arg]
         help_text="In each device's own local time. Empty: any time.",
     )
     window_end = forms.TimeField(label="Install until", required=False, widget=UnfoldAdminTimeWidget)
+    unmetered = forms.BooleanField(
+        required=False, widget=UnfoldBooleanSwitchWidget, help_text="Wait for a network not paid for by the byte."
+    )
+    charging = forms.BooleanField(
+        required=False, widget=UnfoldBooleanSwitchWidget, help_text="Wait until it charges, or is on mains."
+    )
+    idle = forms.BooleanField(
+        required=False, widget=UnfoldBooleanSwitchWidget, help_text="Wait until the host has little else to do."
+    )
+    free_disk = _megabytes("Free disk (MB)", "Must be free when the release is there; urgent or not.")
+    free_memory = _megabytes("Free memory (MB)", "Must be free when it begins; urgent or not.")
+    rate = forms.IntegerField(
+        label="Download rate (kB/s)",
+        required=False,
+        min_value=0,
+        max_value=MAX_BYTES // 1000,
+        widget=UnfoldAdminIntegerFieldWidget,
+        help_text="Of each device, urgent or not. Empty: no limit.",
+    )
+    daily = _megabytes("Download a day (MB)", "Of each device. Empty: no limit.")
     start_now = forms.BooleanField(
         label="Start at once", required=False, widget=UnfoldBooleanSwitchWidget, help_text="Else it waits as a draft."
     )
@@ -108,7 +140,12 @@ class RolloutForm(forms.ModelForm):  # type: ignore[type-arg]
             "on_failure": given["on_failure"],
             "urgent": given["urgent"],
             "window": window,
+            "conditions": {name: (given[name] or 0) * unit for name, unit in _UNITS.items() if given[name]}
+            | {name: True for name in CONDITION_FLAGS if given[name]},
         }
+
+
+_UNITS = {"free_disk": 10**6, "free_memory": 10**6, "daily": 10**6, "rate": 1000}
 
 
 def _minute(moment: time) -> int:

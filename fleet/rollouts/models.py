@@ -34,6 +34,7 @@ class Rollout(models.Model):
     urgent = models.BooleanField(default=False)
     window = models.JSONField(null=True, blank=True)  # {"start": minute, "end": minute} of the device's day
     probation = models.JSONField(default=dict, blank=True)  # see protocol.assignment.Probation
+    conditions = models.JSONField(default=dict, blank=True)  # see protocol.assignment.Conditions
     created_by = models.ForeignKey("auth.User", null=True, blank=True, on_delete=models.SET_NULL, related_name="+")
     created_at = models.DateTimeField(auto_now_add=True)
     started_at = models.DateTimeField(null=True, blank=True)

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 
-from device_sdk.protocol.assignment import ALWAYS, Assignment, Probation, Window
+from device_sdk.protocol.assignment import ALWAYS, NO_CONDITIONS, Assignment, Conditions, Probation, Window
 from device_sdk.protocol.cohorts import COHORTS, cohort
 from device_sdk.protocol.names import ReleasePath
 
@@ -55,18 +55,20 @@ class RolloutRules:
     urgent: bool = False
     window: Window = ALWAYS
     probation: Probation = field(default_factory=Probation)
+    conditions: Conditions = NO_CONDITIONS
 
 
 @dataclass(frozen=True, slots=True)
 class Snapshot:
-    """The policy in force: rollouts by model, the newest first."""
+    """The policy in force: rollouts by model, the newest first. `stops`: models to stop where nothing may run."""
 
     rollouts: Mapping[str, Sequence[RolloutRules]] = field(default_factory=dict)
+    stops: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True, slots=True)
 class DeviceFacts:
-    """`runs` maps a model to `<version>/<variant>`; a pin to a release that is gone is None."""
+    """`runs` maps a model to `<version>/<variant>`; a pin to a release that is gone is None, to a revoked one: none."""
 
     name: str
     labels: Mapping[str, str]
@@ -77,17 +79,18 @@ class DeviceFacts:
 
 
 def desired(snapshot: Snapshot, device: DeviceFacts) -> dict[str, Assignment]:
-    """What the device should run of each of its models; without a release: keep what runs."""
+    """What the device should run of each of its models; without a release: keep what runs, or stop the model."""
     return {model: _desired(snapshot, device, model) for model in device.models}
 
 
 def _desired(snapshot: Snapshot, device: DeviceFacts, model: str) -> Assignment:
+    stop = model in snapshot.stops
     if model in device.pins:
-        return _assign(model, device.pins[model], device.labels)
+        return _assign(model, device.pins[model], device.labels, stop=stop)
     for rollout in snapshot.rollouts.get(model, ()):
         if admits(rollout, device):
-            return _assign(model, rollout.release, device.labels, rollout)
-    return Assignment(model=model)
+            return _assign(model, rollout.release, device.labels, rollout, stop=stop)
+    return Assignment(model=model, stop=stop)
 
 
 def admits(rollout: RolloutRules, device: DeviceFacts) -> bool:
@@ -123,8 +126,14 @@ def choose_variant(variants: Iterable[str], labels: Mapping[str, str]) -> str | 
 
 
 def _assign(
-    model: str, release: ReleaseRef | None, labels: Mapping[str, str], rollout: RolloutRules | None = None
+    model: str,
+    release: ReleaseRef | None,
+    labels: Mapping[str, str],
+    rollout: RolloutRules | None = None,
+    *,
+    stop: bool,
 ) -> Assignment:
+    """A release that is gone, or has no variant, is a doubt: what runs is kept, whatever the model's policy."""
     variant = choose_variant(release.variants, labels) if release else None
     if release is None or variant is None:
         return Assignment(model=model)
@@ -138,6 +147,8 @@ def _assign(
         urgent=rollout.urgent if rollout else False,
         window=rollout.window if rollout else ALWAYS,
         probation=rollout.probation if rollout else Probation(),
+        conditions=rollout.conditions if rollout else NO_CONDITIONS,
+        stop=stop,
     )
 
 

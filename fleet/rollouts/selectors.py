@@ -52,7 +52,7 @@ def _facts(
     device: Device,
     *,
     failed: frozenset[int],
-    pinned: Mapping[tuple[str, str], policy.ReleaseRef],
+    pinned: "_Pins",
     runs: Mapping[str, str] | None = None,
 ) -> policy.DeviceFacts:
     if runs is None:
@@ -61,23 +61,32 @@ def _facts(
         name=device.name,
         labels=device.labels,
         models=device.model_names,
-        pins={model: pinned.get((model, version)) for model, version in device.pins.items()},
+        pins={pin[0]: pinned.valid.get(pin) for pin in device.pins.items() if pin not in pinned.void},
         runs=runs,
         failed=failed,
     )
 
 
-def _pinned(devices: Iterable[Device]) -> dict[tuple[str, str], policy.ReleaseRef]:
-    """The valid releases to which these devices are pinned. No query where there is no pin."""
+@dataclass(frozen=True, slots=True)
+class _Pins:
+    """What devices are pinned to, by model and version. `void`: revoked since, so that the pin binds no more."""
+
+    valid: Mapping[tuple[str, str], policy.ReleaseRef]
+    void: frozenset[tuple[str, str]] = frozenset()
+
+
+def _pinned(devices: Iterable[Device]) -> _Pins:
+    """The releases to which these devices are pinned. No query where there is no pin."""
     pins = {pin for device in devices for pin in device.pins.items()}
     if not pins:
-        return {}
+        return _Pins({})
     wanted = Q()
     for model, version in pins:
         wanted |= Q(model__name=model, version=version)
-    releases = Release.objects.filter(wanted, state=Release.State.VALID).select_related("model")
-    refs = [snapshots.release_ref(release) for release in releases.prefetch_related(snapshots.with_variants())]
-    return {(ref.model, ref.version): ref for ref in refs}
+    found = list(Release.objects.filter(wanted).select_related("model").prefetch_related(snapshots.with_variants()))
+    refs = [snapshots.release_ref(release) for release in found if release.state == Release.State.VALID]
+    void = {(row.model.name, row.version) for row in found if row.state == Release.State.REVOKED}
+    return _Pins({(ref.model, ref.version): ref for ref in refs}, frozenset(void))
 
 
 # --- one rollout -------------------------------------------------------------------------------------------------
@@ -173,6 +182,7 @@ def _seen_since(device: Device, moment: datetime) -> bool:
 
 PINNED, OFFLINE, FAILED_THERE, PAUSED = "pinned", "offline", "failed", "paused"
 NOT_ADMITTED, WAITING, UPDATING_NOW, UNSEEN = "not_admitted", "waiting", "updating", "not_polled"
+REFUSES = "refused"
 
 
 @dataclass(frozen=True, slots=True)
@@ -230,6 +240,51 @@ def _is_of(rollout: Rollout, facts: policy.DeviceFacts) -> bool:
     return rollout.release.model.name in facts.models and matches(selector, facts.labels)
 
 
+# --- who still runs what was taken back --------------------------------------------------------------------------
+
+KEPT = "kept"
+
+
+def still_running(release: Release) -> Iterator[Laggard]:
+    """Active devices that run a release, and why they do not run what they should; of a revoked one, in short.
+
+    `target` is empty where nothing is left that may run.
+    """
+    snapshot, horizon, model = snapshots.current(), offline_before(), release.model.name
+    ref = policy.ReleaseRef(model, release.version, {})
+    statuses = {status.device_id: status for status in ModelStatus.objects.filter(model=model)}
+    for device, facts in _all_facts(list(members(None))):
+        if policy.runs_release(facts, ref) and model in facts.models:
+            assignment = policy.desired(snapshot, facts)[model]
+            why, detail, since = _why_still(device, assignment, statuses.get(device.pk), horizon, release.revoked_at)
+            target = assignment.release.version if assignment.release else ""
+            yield Laggard(device, model, release.version, target, why, detail, since)
+
+
+def _why_still(
+    device: Device, assignment: Assignment, status: ModelStatus | None, horizon: datetime, revoked_at: datetime | None
+) -> tuple[str, str, datetime | None]:
+    if device.last_seen is None or device.last_seen < horizon:
+        return OFFLINE, "", device.last_seen
+    if assignment.release is None and not assignment.stop:
+        return KEPT, "nothing else may run, and the policy is to keep serving", None
+    if revoked_at is not None and device.last_seen < revoked_at:
+        return UNSEEN, "has not polled since it was revoked", device.last_seen
+    if refusing := _refusing(device):
+        return refusing
+    if status is not None and assignment.release is not None and status.release == str(assignment.release):
+        return _doing(status)
+    return UNSEEN, "has not started on it yet", device.last_seen
+
+
+def _doing(status: ModelStatus) -> tuple[str, str, datetime | None]:
+    if status.state == events.WAITING:
+        return WAITING, status.reason, status.since
+    if status.state in {events.FAILED, events.ROLLED_BACK}:
+        return FAILED_THERE, status.reason, status.since
+    return UPDATING_NOW, status.state, status.since
+
+
 def _newest_for(snapshot: policy.Snapshot, facts: policy.DeviceFacts, model: str) -> policy.RolloutRules | None:
     found = (rollout for rollout in snapshot.rollouts.get(model, ()) if policy.targets(rollout, facts.labels))
     return next(found, None)
@@ -257,18 +312,32 @@ def _reason(
 ) -> tuple[str, str, datetime | None]:
     """The first that holds: what people decided, then what the device cannot help, then what it does."""
     reason, since = (status.reason, status.since) if status else ("", None)
-    if rollout.release.model in device.pins:
+    if rollout.release.model in facts.pins:
         return PINNED, f"pinned to {device.pins[rollout.release.model]}", None
     if rollout.id in facts.failed:
         return FAILED_THERE, reason, since
     if not policy.admits(rollout, facts):
         paused = rollout.state == policy.PAUSED
         return (PAUSED, f"rollout {rollout.id} is paused", None) if paused else _not_admitted(rollout)
+    if refusing := _refusing(device):  # before its silence: whoever answers in our place lets no poll through
+        return refusing
     if device.last_seen is None or device.last_seen < horizon:
         return OFFLINE, "", device.last_seen
-    if status is None or status.release != _path(facts, rollout):
+    return _working(device, status, _path(facts, rollout))
+
+
+def _refusing(device: Device) -> tuple[str, str, datetime] | None:
+    if not device.refusal:
+        return None
+    return REFUSES, f"refused: {device.refusal['code']}", datetime.fromisoformat(device.refusal["at"])
+
+
+def _working(device: Device, status: ModelStatus | None, path: str) -> tuple[str, str, datetime | None]:
+    if status is None or status.release != path:
         return UNSEEN, "has not started on it yet", device.last_seen
-    return (WAITING, reason, since) if status.state == events.WAITING else (UPDATING_NOW, status.state, since)
+    if status.state == events.WAITING:
+        return WAITING, status.reason, status.since
+    return UPDATING_NOW, status.state, status.since
 
 
 def _not_admitted(rollout: policy.RolloutRules) -> tuple[str, str, None]:

@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from datetime import datetime
 from itertools import pairwise
 from math import isfinite
@@ -15,12 +15,15 @@ from django.db import transaction
 from django.utils import timezone
 
 from device_sdk.protocol import events as wire
-from device_sdk.protocol.assignment import Probation, Window
+from device_sdk.protocol.assignment import Conditions, Probation, Window
 from device_sdk.protocol.errors import ProtocolError
+from fleet.audit import services as audit
 from fleet.devices import services as devices
 from fleet.devices.models import Device, Group, ModelStatus
 from fleet.devices.selectors import members, version_of
 from fleet.errors import Conflict, Invalid
+from fleet.releases import selectors as releases
+from fleet.releases.deltas import services as deltas
 from fleet.releases.models import Release
 from fleet.rollouts import policy, selectors, snapshots
 from fleet.rollouts.models import Outcome, Rollout, RolloutAction, Stage
@@ -48,6 +51,7 @@ TRANSITIONS = {
     (State.COMPLETED, ROLL_BACK): State.HALTED,
 }
 ENDED = {State.HALTED, State.CANCELLED, State.COMPLETED}
+OVER = {State.CANCELLED, State.COMPLETED}
 SALTS_TRIED = 64
 
 logger = structlog.get_logger(__name__)
@@ -68,7 +72,7 @@ class StagePlan:
 
 
 @transaction.atomic
-def create(
+def create(  # noqa: PLR0913  # a rollout has so many terms
     *,
     release: Release,
     group: Group | None,
@@ -78,8 +82,9 @@ def create(
     urgent: bool = False,
     window: Mapping[str, int] | None = None,
     probation: Mapping[str, float] | None = None,
+    conditions: Mapping[str, Any] | None = None,
 ) -> Rollout:
-    """Draft a rollout of a valid release. `group` None: every device. `window` and `probation` as on the wire."""
+    """Draft a rollout of a valid release. `group` None: every device. The last three are as on the wire."""
     _check_release(release)
     _check_stages(stages)
     if on_failure not in Rollout.OnFailure.values:
@@ -92,10 +97,21 @@ def create(
         urgent=urgent,
         window=_checked_window(window),
         probation=_checked_probation(probation),
+        conditions=_checked_conditions(conditions),
         created_by=actor if isinstance(actor, User) else None,
     )
     Stage.objects.bulk_create([Stage(rollout=rollout, index=i, **asdict(plan)) for i, plan in enumerate(stages)])
-    _log(rollout.pk, CREATE, actor, "")
+    plan = {
+        "release": str(release),
+        "group": group.name if group else "every device",
+        "stages": [asdict(stage) for stage in stages],
+        "on_failure": rollout.on_failure,
+        "urgent": urgent,
+        "window": rollout.window,
+        "probation": rollout.probation,
+        "conditions": rollout.conditions,
+    }
+    _log(rollout.pk, CREATE, actor, "", plan)
     return rollout
 
 
@@ -108,6 +124,8 @@ def start(*, rollout: Rollout | int, actor: User | str, comment: str = "") -> Ro
     moved = _move(row, START, actor, comment, started_at=now, stage_since=now, salt=_fair_salt(row))
     Stage.objects.filter(rollout=moved, index=0).update(entered_at=now)
     _credit_those_who_run_it(moved)
+    if deltas.order(release=row.release):  # devices may run something else than when it was published
+        deltas.wake()
     return moved
 
 
@@ -135,12 +153,31 @@ def roll_back(*, rollout: Rollout | int, actor: User | str, comment: str = "") -
     return _move(_fetch(rollout), ROLL_BACK, actor, comment)
 
 
+def on_revoked(*, release: Release, reason: str, **_: object) -> None:
+    """End every rollout of a revoked release that has an end to come, and let no process keep the old policy.
+
+    A completed one stays in the history; the policy leaves it out, so that its devices go to what is older and valid.
+    """
+    for pk in Rollout.objects.filter(release=release).exclude(state__in=OVER).values_list("pk", flat=True):
+        try:
+            cancel(rollout=pk, actor=GUARD, comment=f"{release} was revoked: {reason}")
+        except Conflict:  # it moved meanwhile; whatever it is now, the policy leaves out what is revoked
+            logger.info("rollout_moved_meanwhile", rollout=pk)
+    snapshots.bump()
+
+
+def on_when_nothing_changed(**_: object) -> None:
+    snapshots.bump()
+
+
 def pin(*, device: Device, model: str, version: str | None, actor: User | str) -> None:
     """Fix a device's model to a valid release, whatever rollouts say; None lets it go."""
     if version is not None:
         release = Release.objects.filter(model__name=model, version=version, state=Release.State.VALID)
         if not release.exists():
-            raise Invalid("release_not_valid", f"{model} {version}: there is no such valid release")
+            found = releases.release(model, version)
+            reason = releases.standing(found) if found else f"{model} {version}: there is no such release"
+            raise Invalid("release_not_valid", f"{reason}; expected a valid release")
     devices.set_pin(device=device, model=model, version=version, actor=actor)
 
 
@@ -318,7 +355,12 @@ def _move(rollout: Rollout, action: str, actor: User | str, comment: str, **chan
     seen = Rollout.objects.filter(pk=rollout.pk, state=before, stage_index=rollout.stage_index)
     if not seen.update(**changes):
         raise Conflict("wrong_state", f"rollout {rollout.pk} was changed meanwhile; look again")
-    _log(rollout.pk, action, actor, comment)
+    detail = {
+        "was": before.value,
+        "is": State(after).value,
+        "stage": changes.get("stage_index", rollout.stage_index) + 1,
+    }
+    _log(rollout.pk, action, actor, comment, detail)
     snapshots.bump()
     rollout.refresh_from_db()
     return rollout
@@ -330,15 +372,17 @@ def _fetch(rollout: Rollout | int) -> Rollout:
     return Rollout.objects.select_related("release__model", "group").get(pk=pk)
 
 
-def _log(rollout: int, action: str, actor: User | str, comment: str) -> None:
+def _log(rollout: int, action: str, actor: User | str, comment: str, detail: Mapping[str, Any]) -> None:
     name = actor.get_username() if isinstance(actor, User) else actor
     RolloutAction.objects.create(rollout_id=rollout, action=action, actor=name, comment=comment)
+    by = audit.guard() if actor == GUARD else None
+    audit.record(f"rollout.{action}", target=rollout, detail={**detail, "for": name}, comment=comment, by=by)
     logger.info("rollout_action", rollout=rollout, action=action, actor=name, comment=comment)
 
 
 def _check_release(release: Release) -> None:
     if release.state != Release.State.VALID:
-        raise Invalid("release_not_valid", f"{release} is {release.state}; only a valid release can be rolled out")
+        raise Invalid("release_not_valid", f"{releases.standing(release)}; only a valid release can be rolled out")
 
 
 def _check_stages(stages: Sequence[StagePlan]) -> None:
@@ -360,6 +404,17 @@ def _checked_window(window: Mapping[str, int] | None) -> dict[str, int] | None:
         return None
     try:
         return asdict(Window.parse(dict(window)))
+    except ProtocolError as error:
+        raise Invalid(error.code, error.message) from error
+
+
+def _checked_conditions(conditions: Mapping[str, Any] | None) -> dict[str, Any]:
+    """Devices pass over conditions that they do not know; here an unknown one is a mistake."""
+    unknown = set(conditions or ()) - {field.name for field in fields(Conditions)}
+    if unknown:
+        raise Invalid("malformed", f"conditions: unknown: {', '.join(sorted(unknown)):.200}")
+    try:
+        return Conditions.parse(dict(conditions or {})).to_json()
     except ProtocolError as error:
         raise Invalid(error.code, error.message) from error
 

@@ -1,7 +1,7 @@
 """Compile the policy in force once, and keep it in this process for as long as nobody changed it.
 
-A change of a rollout shows at once, everywhere, by the revision's key. What other rooms change (a release revoked, a
-group's labels) shows within `MAX_AGE`.
+A change of a rollout shows at once, everywhere, by the revision's key, and so does a revocation. What other rooms
+change (a group's labels) shows within `MAX_AGE`.
 """
 
 import time
@@ -14,9 +14,9 @@ from typing import Any
 import structlog
 from django.db.models import Prefetch
 
-from device_sdk.protocol.assignment import ALWAYS, Probation, Window
+from device_sdk.protocol.assignment import ALWAYS, Conditions, Probation, Window
 from device_sdk.protocol.errors import ProtocolError
-from fleet.releases.models import Release, Variant
+from fleet.releases.models import Model, Release, Variant
 from fleet.rollouts import policy
 from fleet.rollouts.models import PolicyRevision, Rollout
 
@@ -56,9 +56,14 @@ def bump() -> None:
 
 def compile_policy() -> policy.Snapshot:
     by_model: dict[str, list[policy.RolloutRules]] = defaultdict(list)
-    for rules in _in_force():
-        by_model[rules.release.model].append(rules)
-    return policy.Snapshot(rollouts=dict(by_model))
+    stops = set(Model.objects.filter(when_nothing=Model.WhenNothing.STOP).values_list("name", flat=True))
+    for rollout in _in_force():
+        rules = rules_of(rollout)
+        if rules is not None:
+            by_model[rules.release.model].append(rules)
+        else:
+            stops.discard(rollout.release.model.name)  # what it says is not known: a doubt stops nothing
+    return policy.Snapshot(rollouts=dict(by_model), stops=frozenset(stops))
 
 
 def rules_of(rollout: Rollout) -> policy.RolloutRules | None:
@@ -75,6 +80,7 @@ def rules_of(rollout: Rollout) -> policy.RolloutRules | None:
             urgent=rollout.urgent,
             window=Window.parse(rollout.window) if rollout.window else ALWAYS,
             probation=Probation.parse(rollout.probation) if rollout.probation else Probation(),
+            conditions=Conditions.parse(rollout.conditions),
         )
     except (ProtocolError, KeyError) as error:
         logger.error("rollout_malformed", rollout=rollout.pk, error=str(error))  # noqa: TRY400  # no traceback each poll
@@ -99,7 +105,7 @@ def with_variants(prefix: str = "") -> "Prefetch[Any]":
     return Prefetch(f"{prefix}variants", Variant.objects.only(*columns))
 
 
-def _in_force() -> Iterator[policy.RolloutRules]:
+def _in_force() -> Iterator[Rollout]:
     completed: Counter[str] = Counter()
     rollouts = (
         Rollout.objects.filter(state__in=policy.IN_FORCE, release__state=Release.State.VALID)
@@ -111,6 +117,4 @@ def _in_force() -> Iterator[policy.RolloutRules]:
         completed[rollout.release.model.name] += rollout.state == Rollout.State.COMPLETED
         if rollout.state == Rollout.State.COMPLETED and completed[rollout.release.model.name] > COMPLETED_KEPT:
             continue
-        rules = rules_of(rollout)
-        if rules is not None:
-            yield rules
+        yield rollout

@@ -3,6 +3,7 @@
 from datetime import datetime
 
 from django import template
+from django.utils import timezone
 
 from fleet import presentation
 from fleet.dashboard import pages, selectors
@@ -25,6 +26,18 @@ def filesize(number: float) -> str:
 @register.filter
 def digest(value: str) -> str:
     return presentation.short(value)
+
+
+@register.filter
+def clock_time(moment: datetime | None) -> str:
+    """`2026-11-21 17:42 CET`, in the viewer's zone."""
+    return f"{timezone.localtime(moment):%Y-%m-%d %H:%M %Z}" if moment else "-"
+
+
+@register.filter
+def key_chip(value: str) -> str:
+    """The beginning of a key's id; the whole on hover."""
+    return presentation.short(value, 16)
 
 
 @register.filter
@@ -77,5 +90,8 @@ register.simple_tag(pages.guards, name="rollout_guards")
 register.simple_tag(pages.outcomes, name="rollout_outcomes")
 register.simple_tag(pages.device, name="device_page")
 register.simple_tag(pages.variants, name="release_variants")
+register.simple_tag(pages.revoked, name="release_revoked")
+register.simple_tag(pages.provenance, name="release_provenance")
+register.simple_tag(pages.proposal, name="proposal_of")
 register.simple_tag(pages.model, name="model_page")
 register.simple_tag(pages.provisioning, name="provisioning")

@@ -21,6 +21,19 @@ ACTIONS = {
 }
 
 
+CONDITIONS = {
+    "unmetered": "wait for a network that is not paid for by the byte",
+    "charging": "wait until the device charges, or is on mains",
+    "idle": "wait until the host has little else to do",
+}
+SIZES = {
+    "free_disk": "that must be free when the release is there",
+    "free_memory": "that must be free when it begins",
+    "rate": "a second of downloads",
+    "daily": "a day of downloads",
+}
+
+
 class Command(BaseCommand):
     help = "List, create and operate rollouts."
 
@@ -37,6 +50,11 @@ class Command(BaseCommand):
         create.add_argument("--success", type=float, default=0.9, help="fraction of the admitted that must commit")
         create.add_argument("--budget", type=int, default=0, help="failures that are tolerated in each stage")
         create.add_argument("--on-failure", choices=Rollout.OnFailure.values, default=Rollout.OnFailure.ROLL_BACK)
+        create.add_argument("--urgent", action="store_true", help="devices wait for free disk and memory only")
+        for name, what in CONDITIONS.items():
+            create.add_argument(f"--{name}", action="store_true", help=what)
+        for name, what in SIZES.items():
+            create.add_argument(f"--{name.replace('_', '-')}", type=int, default=0, metavar="BYTES", help=what)
         create.add_argument("--start", action="store_true", help="start it at once")
         _add_person(create)
         for name in ACTIONS:
@@ -78,6 +96,8 @@ class Command(BaseCommand):
             group=Group.objects.get(name=group) if group else None,
             stages=[services.StagePlan(percent=percent, **plan) for percent in options["stage"] or [100.0]],
             on_failure=options["on_failure"],
+            urgent=options["urgent"],
+            conditions={name: options[name] for name in (*CONDITIONS, *SIZES)},
             actor=actor,
         )
         if start:
