@@ -124,6 +124,18 @@ def outsider() -> User:
     return user("oscar")
 
 
+def staff() -> User:
+    """May log in to the admin, and see nothing there."""
+    made = user("stan")
+    made.is_staff = True
+    made.save()
+    return made
+
+
+def superuser() -> User:
+    return User.objects.create_superuser("sue", password="correct horse battery")
+
+
 def api_token(owner: User, *scopes: str) -> str:
     return create_token(name="script", scopes=scopes, lifetime=timedelta(days=1), user=owner)[1]
 

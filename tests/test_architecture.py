@@ -19,10 +19,10 @@ PURE = [
 ]
 # What decides without IO, clock, chance or Django may be made of these. Typing aside, `datetime` gives types only.
 INNOCENT = {
-    "__future__", "base64", "binascii", "bisect", "collections", "collections.abc", "dataclasses", "datetime",
-    "decimal", "enum", "fractions", "functools", "hashlib", "heapq", "hmac", "itertools", "json", "math", "numbers",
-    "numpy", "numpy.typing", "operator", "random", "re", "statistics", "string", "struct", "types", "typing",
-    "unicodedata", "urllib.parse", "uuid",
+    "__future__", "base64", "binascii", "bisect", "bz2", "collections", "collections.abc", "dataclasses", "datetime",
+    "decimal", "enum", "fractions", "functools", "hashlib", "heapq", "hmac", "itertools", "json", "lzma", "math",
+    "numbers", "numpy", "numpy.typing", "operator", "random", "re", "statistics", "string", "struct", "types",
+    "typing", "unicodedata", "urllib.parse", "uuid", "zlib",
 }  # fmt: skip
 PURE_OURS = ("device_sdk.protocol", "device_sdk.updater", "device_sdk.sampling")
 # Names that reach the clock, the disk or global chance even from an innocent module.
@@ -30,7 +30,7 @@ IMPURE_CALLS = {
     "open", "print", "input", "exec", "eval", "__import__", "datetime.now", "datetime.utcnow", "datetime.today",
     "date.today", "uuid.uuid1", "uuid.uuid4", "random.random", "random.randint", "random.choice", "random.choices",
     "random.shuffle", "random.sample", "random.uniform", "random.seed", "random.randrange", "random.getrandbits",
-    "random.SystemRandom", "np.random", "numpy.random",
+    "random.SystemRandom", "np.random", "numpy.random", "bz2.open", "bz2.BZ2File", "lzma.open", "lzma.LZMAFile",
 }  # fmt: skip
 CHECKING = re.compile(r"(^|\.)_?(assert|expect|check|verify|raises|warns|deprecated_call|fail)(_\w*|[a-z]*)?$")
 

@@ -5,14 +5,17 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
+import onnxruntime
 import pytest
 
+from deploy.bench import finetune
 from deploy.bench.__main__ import NAMES, RESULTS
 from deploy.bench.measure import Row, Section, interleaved
 from deploy.bench.report import page
 
 ROOT = Path(__file__).resolve().parent.parent
-EXPECTED = {"wrapper": 3, "swap": 19, "store": 2, "memory": 3, "poll": 4, "signing": 2, "wire": 4}
+EXPECTED = {"wrapper": 3, "swap": 19, "store": 2, "memory": 3, "delta": 16, "poll": 4, "signing": 2, "wire": 4}
 
 
 @pytest.fixture(scope="module")
@@ -24,7 +27,6 @@ def measured():
     return json.loads(done.stdout)
 
 
-@pytest.mark.xdist_group("bench")
 @pytest.mark.parametrize("name", NAMES)
 def test_every_figure_stands_beside_a_baseline(measured, name):
     section = measured[name]
@@ -35,7 +37,6 @@ def test_every_figure_stands_beside_a_baseline(measured, name):
         assert row["against"], row
 
 
-@pytest.mark.xdist_group("bench")
 def test_no_call_fails_during_a_swap(measured):
     counted = [row for row in measured["swap"]["rows"] if row["unit"] == "calls"]
     assert [row["met"] for row in counted] == [True] * 3, counted
@@ -62,3 +63,36 @@ def test_every_action_has_its_turn_in_each_round():
 
 def test_the_committed_page_has_every_section():
     assert RESULTS.read_text().count("\n## ") == len(NAMES)
+
+
+def test_the_deltas_come_of_real_training():
+    """The gradients by which the bench changes its weights are those of the loss: compared with differences."""
+    shape = finetune.TINY
+    weights = {name: value.astype(np.float64) for name, value in finetune.initial(shape).items()}
+    texts, labels = next(finetune.batches(shape, 1))
+    _, gradients = finetune.loss_and_gradients(weights, shape, texts, labels)
+    random = np.random.default_rng(0)
+    for name, value in weights.items():
+        exact = np.zeros_like(value)
+        exact[gradients["rows"] if name == "embedding" else slice(None)] = gradients[name]
+        way = random.standard_normal(value.shape)
+        losses = [
+            finetune.loss_and_gradients({**weights, name: value + step * way}, shape, texts, labels)[0]
+            for step in (1e-6, -1e-6)
+        ]
+        assert (losses[0] - losses[1]) / 2e-6 == pytest.approx((exact * way).sum(), rel=1e-3, abs=1e-6), name
+
+
+def test_training_lowers_the_loss_and_its_onnx_answers_as_the_net_does():
+    shape = finetune.TINY
+    trained, losses = finetune.adamw(finetune.initial(shape), shape, steps=120, seed=1, rate=1e-3)
+    assert np.mean(losses[-20:]) < 0.8 * np.mean(losses[:20])
+    texts, labels = next(finetune.batches(shape, 2))
+    session = onnxruntime.InferenceSession(finetune.to_onnx(trained, shape), providers=["CPUExecutionProvider"])
+    (logits,) = session.run(None, {"texts": texts})
+    shares = np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)
+    loss = -np.log(shares[np.arange(len(labels)), labels]).mean()
+    assert finetune.loss_and_gradients(trained, shape, texts, labels)[0] == pytest.approx(loss, rel=1e-4)
+    onnxruntime.InferenceSession(
+        finetune.to_onnx(finetune.quantised(trained), shape), providers=["CPUExecutionProvider"]
+    )

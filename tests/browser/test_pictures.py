@@ -44,13 +44,13 @@ def test_every_page_can_be_pictured(visit: Callable[..., Page], fleet: World, fo
     for name, path, look in shots(fleet):
         page = visit("olga", path, **look)
         assert page.title() != "", name
-        _stretch(page)
+        stretch(page)
         page.screenshot(path=folder / f"{name}.png")
         assert (folder / f"{name}.png").stat().st_size > 5_000, name
         page.context.close()
 
 
-def _stretch(page: Page) -> None:
+def stretch(page: Page) -> None:
     """Make the window as tall as the page, within reason: bars that stick to its edge then stand at the page's."""
     size = page.viewport_size or {"width": 1440, "height": 900}
     height = page.evaluate("document.documentElement.scrollHeight")

@@ -3,14 +3,17 @@
 Rows are written as they would stand after two weeks; what a rollout admits comes from the real policy.
 """
 
-import json
 import random
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from hashlib import sha256
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from django.contrib.auth.models import Group as PermissionGroup
 from django.contrib.auth.models import User
+from securesystemslib.signer import CryptoSigner
+from tuf.api.metadata import TargetFile, Targets
 
 from device_sdk.protocol.cohorts import cohort
 from device_sdk.protocol.manifest import FileEntry, Manifest, Requirements, TensorSpec
@@ -21,6 +24,8 @@ from fleet.devices.models import Device, DeviceEvent, EnrolmentToken, Group, Mod
 from fleet.feedback.models import Batch, Campaign, DatasetPart
 from fleet.releases.models import Artifact, Model, Release, Variant
 from fleet.rollouts.models import Outcome, Rollout, RolloutAction, Stage
+from fleet.trust import keystore, repository
+from fleet.trust import services as trust
 from fleet.trust.models import RoleMetadata
 
 PASSWORD = "correct horse battery"
@@ -85,20 +90,39 @@ def build(now: datetime) -> World:
     return World(now, running, halted, devices)
 
 
+CI = {model: CryptoSigner.generate_ed25519() for model in SPECS}
+SECOND = CryptoSigner.generate_ed25519()  # co-signs `keyword`
+
+
 def _roles(now: datetime) -> None:
-    for role, version, made, lifetime in (
-        ("root", 1, 40, 365), ("targets", 1, 40, 365), ("targets", 2, 30, 365),
-        ("detector", 7, 3, 180), ("keyword", 4, 12, 180), ("vibration", 3, 164, 180),
-    ):  # fmt: skip
-        expires = now + timedelta(days=lifetime - made)
-        keys = [sha256(f"{role}{n}".encode()).hexdigest() for n in range(2 if role == "root" else 1)]
-        signed = {"_type": "root" if role == "root" else "targets", "version": version, "expires": expires.isoformat()}
-        content = json.dumps({"signatures": [{"keyid": key, "sig": "00"} for key in keys], "signed": signed})
-        row = RoleMetadata.objects.create(
-            role=role, version=version, content=content, expires_at=expires, length=len(content),
-            sha256=sha256(content.encode()).hexdigest(),
-        )  # fmt: skip
+    """Really signed: root 1, a targets version for each model, and one role of each."""
+    with TemporaryDirectory() as folder:
+        store = keystore.at(Path(folder) / "keys")
+        keystore.initialise(store)
+        for model, signer in CI.items():
+            two = [SECOND.public_key] if model == "keyword" else []
+            keystore.add_model(store, model=model, public_keys=[signer.public_key, *two], threshold=1 + len(two))
+    RoleMetadata.objects.update(created_at=now - timedelta(days=40), expires_at=now + timedelta(days=325))
+    for model, version, made in (("detector", 7, 3), ("keyword", 4, 12), ("vibration", 3, 164)):
+        role = Targets(version, expires=(now + timedelta(days=180 - made)).replace(microsecond=0))
+        content = repository.sign(role, [CI[model], SECOND] if model == "keyword" else [CI[model]])
+        row = trust.store_role(model, version, content, role.expires)
         RoleMetadata.objects.filter(pk=row.pk).update(created_at=now - timedelta(days=made))
+
+
+def propose(now: datetime) -> Release:
+    """CI of `keyword` has pushed a release; the second person has not signed it yet."""
+    model = Model.objects.get(name="keyword")
+    release = Release.objects.create(
+        model=model, version="2.2.0", state="pending", published_by="ci-keyword (token:ci)"
+    )
+    _variant(release, "default", "valid", "", now)
+    variant = release.variants.get()
+    role = Targets(5, expires=(now + timedelta(days=180)).replace(microsecond=0))
+    role.targets[variant.path] = TargetFile(variant.manifest_length, {"sha256": variant.manifest_sha256}, variant.path)
+    change = trust.receive_role("keyword", repository.sign(role, [CI["keyword"]]), by="ci-keyword (token:ci)")
+    assert change.is_pending
+    return release
 
 
 def _releases(now: datetime) -> dict[tuple[str, str], Release]:

@@ -1,11 +1,13 @@
 """A scripted HTTP server on the loopback: says what a test tells it to, lies included, and keeps what it was asked."""
 
+import ssl
 import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 
 
 @dataclass(frozen=True)
@@ -45,6 +47,7 @@ class Loopback:
     def __init__(self) -> None:
         self.routes: dict[str, Route] = {}
         self.asked: list[Asked] = []
+        self._scheme = "http"
         self._server = _Server(("127.0.0.1", 0), self._handler())
         self._thread = threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.01})
 
@@ -54,10 +57,21 @@ class Loopback:
 
     @property
     def url(self) -> str:
-        return f"http://{self.host}"
+        return f"{self._scheme}://{self.host}"
+
+    def speak_tls(self, certificate: Path) -> None:
+        """Before `start`: https by this file of a private key and its certificate."""
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.load_cert_chain(certificate)
+        self._server.socket = context.wrap_socket(self._server.socket, server_side=True)
+        self._scheme = "https"
 
     def on(self, path: str, reply: Reply | Route) -> None:
         self.routes[path] = reply if callable(reply) else lambda _: reply
+
+    def route(self, asked: Asked) -> Reply:
+        route = self.routes.get(asked.path.partition("?")[0])
+        return route(asked) if route else Reply(404, b'{"code": "not_found", "message": "no such path"}')
 
     def start(self) -> None:
         self._thread.start()
@@ -82,8 +96,7 @@ class _Handler(BaseHTTPRequestHandler):
         body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
         asked = Asked(self.command, self.path, dict(self.headers.items()), body)
         self.loopback.asked.append(asked)
-        route = self.loopback.routes.get(self.path.partition("?")[0])
-        reply = route(asked) if route else Reply(404, b'{"code": "not_found", "message": "no such path"}')
+        reply = self.loopback.route(asked)
         try:
             self.say(reply)
         except OSError:
@@ -128,7 +141,8 @@ def blob_route(data: bytes, *, ranges: bool = True) -> Route:
         wanted = asked.headers.get("Range", "")
         if not ranges or not wanted:
             return Reply(200, data, {"Content-Type": "application/octet-stream"})
-        start = int(wanted.removeprefix("bytes=").rstrip("-"))
-        return Reply(206, data[start:], {"Content-Range": f"bytes {start}-{len(data) - 1}/{len(data)}"})
+        first, _, last = wanted.removeprefix("bytes=").partition("-")
+        start, end = int(first), int(last or len(data) - 1) + 1
+        return Reply(206, data[start:end], {"Content-Range": f"bytes {start}-{end - 1}/{len(data)}"})
 
     return route

@@ -234,3 +234,34 @@ def test_public_names_are_found_and_the_sdk_needs_no_django():
 def test_unknown_public_name_is_an_attribute_error():
     with pytest.raises(AttributeError, match="Flete"):
         _ = device_sdk.Flete
+
+
+LATER = {"status": 429, "code": "too_many_failures", "retry_after": 40.0}
+
+
+def test_enrolment_comes_back_when_the_server_says_and_not_before(tmp_path):
+    server = Server()
+    home = provisioned(tmp_path / "device", server)
+    granting(server)
+    server.faults[ENROL] = [TransferError("later", **LATER), TransferError("later", **{**LATER, "status": 503})]
+    waits = []
+    assert enrol(home.path, "cam-1", transport=server, patience=200, wait=waits.append) == "active"
+    assert len(waits) == 2
+    assert all(40 <= wait <= 50 for wait in waits)  # spread: a whole site was told the same
+
+
+def test_enrolment_waits_no_longer_than_its_patience_and_never_for_a_refusal(tmp_path):
+    server = Server()
+    home = provisioned(tmp_path / "device", server)
+    granting(server)
+    waits = []
+    for patience, fault in [
+        (100, [TransferError("later", **LATER)] * 9),
+        (0, [TransferError("later", **LATER)]),
+        (100, [TransferError("no", status=401, code="enrolment_unknown", retry_after=1.0)]),
+        (100, [TransferError("no answer")]),
+    ]:
+        server.faults[ENROL] = list(fault)
+        with pytest.raises(TransferError):
+            enrol(home.path, "cam-1", transport=server, patience=patience, wait=waits.append)
+    assert len(waits) == 2

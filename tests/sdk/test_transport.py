@@ -340,3 +340,69 @@ def test_the_message_of_an_error_keeps_a_presigned_query_secret(server, other, c
     with pytest.raises(TransferError) as caught:
         get(connect(server.url, other.host))
     assert "secret" not in str(caught.value)
+
+
+# Surprises of the attack table's rows 26 and 27: where a body is read as lines, no timeout of a socket counts.
+
+
+def dripping(*, before=b"", piece=b"0", pause=0.05, pieces=400):
+    yield before
+    for _ in range(pieces):
+        time.sleep(pause)
+        yield piece
+
+
+CHUNKED = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"
+
+
+@pytest.mark.parametrize("how", ["request", "stream"])
+def test_a_chunk_size_that_drips_in_ends_in_time(server, connect, how):
+    transport = connect(server.url, timeout=5.0)
+    transport._stall_seconds = 0.3
+    server.on("/x", Reply(raw=dripping(before=CHUNKED + b"5\r\nhello\r\n")))
+    began = time.monotonic()
+    ask = {"request": lambda: get(transport, deadline=0.3), "stream": lambda: consume(transport, deadline=60)}
+    with pytest.raises(TransferError) as caught:
+        ask[how]()
+    assert caught.value.code == {"request": "deadline", "stream": "too_slow"}[how]
+    assert is_retryable(caught.value)
+    assert time.monotonic() - began < 3
+
+
+def test_a_trailer_without_end_ends_at_the_deadline(server, transport):
+    server.on("/x", Reply(raw=itertools.chain([CHUNKED + b"0\r\n"], itertools.repeat(b"A: b\r\n" * 1000))))
+    with pytest.raises(TransferError) as caught:
+        get(transport, deadline=0.3)
+    assert caught.value.code == "deadline"
+
+
+def test_headers_of_a_stream_must_come_long_before_its_deadline(server, transport):
+    transport._stall_seconds = 0.3
+    server.on("/x", Reply(raw=dripping(before=b"HTTP/1.1 200 OK\r\nA: ")))
+    began = time.monotonic()
+    with pytest.raises(TransferError):
+        consume(transport, deadline=3_600)
+    assert time.monotonic() - began < 3
+
+
+def test_a_body_that_drips_is_broken_off_as_too_slow_and_what_came_was_handed_out(server, connect):
+    transport = connect(server.url)
+    transport._stall_seconds = 0.3
+    server.on("/x", Reply(body=dripping(before=b"hello")))
+    came = []
+    with pytest.raises(TransferError) as caught, transport.stream("/x", limit=10**6, deadline=3_600) as answer:
+        came.extend(answer.chunks)
+    assert caught.value.code == "too_slow"
+    assert b"".join(came).startswith(b"hello")
+
+
+def test_a_slow_link_that_brings_enough_may_take_its_time(server, connect):
+    transport = connect(server.url)
+    transport._stall_seconds = 0.2
+    server.on("/x", Reply(body=dripping(piece=b"x" * 400, pause=0.05, pieces=12)))
+    assert len(consume(transport, deadline=60)) == 12 * 400
+
+
+def consume(transport, *, deadline):
+    with transport.stream("/x", limit=10**6, deadline=deadline) as answer:
+        return b"".join(answer.chunks)

@@ -8,6 +8,7 @@ import sys
 from contextlib import contextmanager
 from dataclasses import replace
 from datetime import UTC, datetime
+from hashlib import sha256
 
 import pytest
 
@@ -16,7 +17,7 @@ from device_sdk.errors import SetupError, StorageError, UntrustedError
 from device_sdk.protocol.assignment import Probation, Sampling, Window
 from device_sdk.protocol.polls import Bundle
 from device_sdk.trust import Trust
-from tests.simulator import DAY, START, Simulator, digest_of, resigned
+from tests.simulator import DAY, START, Simulator, digest_of, resigned, signer
 
 
 @pytest.fixture
@@ -263,6 +264,83 @@ def test_an_expired_role_of_ci_stops_updates(sim, opened):
         opened().accept(sim.bundle(), sim.now)
 
 
+def two_models(sim):
+    """Both run something; then the detector's CI forgets to renew its role, and digits gets a new release."""
+    sim.assign(sim.publish("digits/1.0.0/default"))
+    sim.now += 100 * DAY
+    sim.sign_targets()
+    sim.assign(sim.publish("digits/1.1.0/default"))
+    sim.now += 81 * DAY
+
+
+def test_an_expired_role_of_one_model_does_not_hold_up_the_others(sim, opened):
+    trust = opened()
+    trust.accept(sim.bundle(), sim.now)
+    two_models(sim)
+    sampling = Sampling("night", 0.5, 10, sim.now + DAY)
+    sim.assigned["detector"] = replace(sim.assigned["detector"], sampling=sampling)
+    view = trust.accept(sim.bundle(), sim.now)
+    assert {model: error.code for model, error in view.refused.items()} == {"detector": "expired"}
+    detector, digits = view.assignments["detector"], view.assignments["digits"]
+    assert (detector.assignment.release, detector.manifest, detector.assignment.sampling) == (None, None, sampling)
+    assert str(digits.assignment.release) == "digits/1.1.0/default"
+    assert digits.manifest is not None
+
+
+def test_a_model_refused_for_its_expired_role_is_so_after_a_restart(sim, opened):
+    two_models(sim)
+    trust = opened()
+    view = trust.accept(sim.bundle(), sim.now)
+    again = opened().view()
+    assert (again.version, again.assignments) == (view.version, view.assignments)
+    assert {model: error.code for model, error in again.refused.items()} == {"detector": "expired"}
+
+
+def test_a_model_whose_role_was_renewed_is_taken_again(sim, opened):
+    two_models(sim)
+    trust = opened()
+    trust.accept(sim.bundle(), sim.now)
+    sim.publish("detector/1.1.0/default")
+    view = opened().accept(sim.bundle(), sim.now)
+    assert view.refused == {}
+    assert str(view.assignments["detector"].assignment.release) == "detector/1.0.0/default"
+
+
+def test_a_role_that_expired_when_nothing_is_left_refuses_the_view_and_keeps_the_last(sim, opened):
+    sim.assign(sim.publish("digits/1.0.0/default"))
+    trust = opened()
+    before = trust.accept(sim.bundle(), sim.now)
+    sim.now += 181 * DAY
+    with refused("expired"):
+        trust.accept(sim.bundle(), sim.now)
+    assert opened().view() == before
+
+
+@pytest.mark.parametrize("role", ["director", "targets", "snapshot"])
+def test_any_other_expired_role_refuses_the_whole_view(sim, opened, role):
+    two_models(sim)
+    if role == "targets":
+        sim.targets.signed.expires = sim.at(-1)
+        sim.targets.sign(signer("targets"))
+        bundle = sim.bundle()
+    else:
+        bundle = sim.bundle(edit=lambda name, text: expired(sim, text) if name == role else text)
+    with refused("expired"):
+        opened().accept(bundle, sim.now)
+
+
+def expired(sim, text):
+    return resigned(text, "online", expires=sim.at(-1))
+
+
+def test_a_role_that_is_missing_is_no_expired_one(sim, opened):
+    two_models(sim)
+    bundle = sim.bundle()
+    kept = {name: text for name, text in bundle.metadata.items() if not name.endswith("detector.json")}
+    with refused("incomplete"):
+        opened().accept(replace(bundle, metadata=kept), sim.now)
+
+
 def test_a_signed_timestamp_without_a_binding_is_refused(sim, opened):
     bundle = sim.bundle()
     text = resigned(bundle.metadata["timestamp.json"], "online", unrecognized_fields={})
@@ -372,6 +450,18 @@ def test_the_view_holds_the_floor_too_should_floor_and_roots_both_be_lost(sim, o
     assert trust.accept(sim.bundle(root=trust.root_version), sim.now)
 
 
+def test_a_lost_floor_is_made_anew_at_once_so_that_the_view_may_be_lost_next(sim, opened, home):
+    old = sim.bundle()
+    trust = opened()
+    trust.accept(old, sim.now)
+    trust.accept(sim.bundle(), sim.now)
+    (home / "floor.json").unlink()
+    opened()
+    (home / "view.json").unlink()
+    with refused("replayed"):
+        opened().accept(old, sim.now)
+
+
 def test_losing_everything_is_starting_afresh(sim, opened, home):
     trust = opened()
     view = trust.accept(sim.bundle(), sim.now)
@@ -395,3 +485,40 @@ def test_digests_name_what_the_view_assigns(sim, opened):
     view = opened().accept(sim.bundle(), sim.now)
     verified = view.assignments["detector"]
     assert verified.assignment.sha256 == digest_of(verified.manifest)
+
+
+def test_a_version_too_large_to_be_remembered_is_refused_and_costs_no_rollback_protection(sim, opened):
+    """With the online key alone: 2**63 fits a bundle's file names, did not fit floor.json, and so emptied the floor.
+
+    After the next start the role that CI had withdrawn a release from could be rolled back.
+    """
+    manifest = sim.publish("detector/1.1.0/default")
+    sim.assign(manifest)
+    before_withdrawal = sim.copy()
+    sim.withdraw("detector/1.1.0/default")
+    sim.assign(sim.publish("detector/1.2.0/default"))
+    assert opened().accept(sim.bundle(), sim.now)
+
+    thief = sim.copy()
+    with refused("malformed"):
+        opened().accept(thief.bundle(version=2**63 + 5), thief.now)
+    assert opened().view().assignments["detector"].assignment.release.version == "1.2.0"
+    with refused("replayed"):
+        opened().accept(before_withdrawal.bundle(version=2**63 - 5), sim.now)
+    assert opened().accept(sim.bundle(), sim.now)
+
+
+@pytest.mark.parametrize(
+    "change", [{"root.json": []}, {"../../planted": "x"}, {"..": "x"}, {"": "x"}, {"/planted": "x"}]
+)
+def test_a_record_of_no_plain_files_is_forgotten_and_writes_none(sim, home, opened, change):
+    """Its checksum is no secret: who can write to the folder can make one."""
+    opened().accept(sim.bundle(), sim.now)
+    body = json.loads(json.loads((home / "view.json").read_bytes())["body"])
+    text = json.dumps({**body, "metadata": {**body["metadata"], **change}})
+    (home / "view.json").write_text(json.dumps({"body": text, "sha256": sha256(text.encode()).hexdigest()}))
+
+    trust = opened()
+    assert trust.view() is None
+    assert not list(home.parent.rglob("planted"))
+    assert trust.accept(sim.bundle(), sim.now)

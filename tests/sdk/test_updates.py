@@ -261,7 +261,7 @@ def test_full_disk_holds_the_update_and_the_old_release_serves(world, monkeypatc
             patch.setattr(fleet._store, "begin_trial", full)
             fleet.update_once()
         assert answer(fleet) == 2.0
-        assert fleet.status().models["detector"].reason == "disk"
+        assert fleet.status().models["detector"].reason == "disk: disk_full"
         world.time.seconds += 60
         fleet.update_once()
         assert answer(fleet) == 5.0

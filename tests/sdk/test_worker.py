@@ -8,13 +8,13 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from device_sdk.errors import TransferError, UnauthorizedError
+from device_sdk.errors import TransferError, UnauthorizedError, UntrustedError
 from device_sdk.install import Clock
 from device_sdk.protocol.assignment import Sampling
 from device_sdk.protocol.polls import EVENTS, POLL, running_digest
 from device_sdk.worker import Loop
 from tests.sdk.world import Server, World, X, answer, nan_emitting, scaling
-from tests.simulator import Simulator
+from tests.simulator import DAY, Simulator
 
 
 @pytest.fixture
@@ -80,17 +80,33 @@ def test_senseless_interval_neither_stops_polling_nor_spins(world, fleet, interv
     assert 0.9 <= delay <= 86_400 * 1.1
 
 
-def test_401_stops_polling_loudly_and_inference_goes_on(world, fleet, caplog):
+def test_401_pauses_polling_loudly_and_inference_goes_on(world, fleet, caplog):
     fleet.update_once()
-    world.server.faults[POLL] = [UnauthorizedError("revoked", status=401)]
+    world.server.faults[POLL] = [UnauthorizedError("revoked", status=401) for _ in range(2)]
     with caplog.at_level(logging.CRITICAL, "device_sdk"):
-        assert fleet._worker.poller.step() is None
-    assert "polls no more" in caplog.text
+        delay = fleet._worker._poll_step()
+    assert 3_600 <= delay <= 4_500
+    assert "asks again in an hour" in caplog.text
     assert fleet.status().poll.stopped == "unauthorized"
     seen = len(polls(world))
-    assert fleet._worker.poller.step() is None
-    assert fleet._worker._poll_step() is None
+    world.time.seconds += 3_000
+    assert fleet._worker._poll_step() < 1_500
     assert len(polls(world)) == seen
+    assert answer(fleet) == 2.0
+    world.time.seconds += 1_500
+    assert 3_600 <= fleet._worker._poll_step() <= 4_500  # turned away again
+    assert len(polls(world)) == seen + 1
+    assert caplog.text.count("asks again in an hour") == 1
+
+
+def test_device_that_a_forged_401_silenced_is_back_within_two_hours(world, fleet):
+    world.server.faults[POLL] = [UnauthorizedError("says who?", status=401)]
+    fleet._worker._poll_step()
+    assert fleet.status().poll.stopped == "unauthorized"
+    world.time.seconds += 4_501
+    assert fleet._worker._poll_step() <= 60 * 1.1
+    assert fleet.status().poll.stopped == ""
+    fleet._worker.install()
     assert answer(fleet) == 2.0
 
 
@@ -259,5 +275,162 @@ def test_one_model_that_fails_unexpectedly_does_not_hold_up_the_others(tmp_path,
         assert answer(fleet) == 2.0
 
 
+def test_model_with_an_expired_role_is_told_once_and_serves_on_while_the_other_updates(tmp_path):
+    world = World(tmp_path / "device", Server(Simulator(models=("detector", "digits"))))
+    server, simulator = world.server, world.server.simulator
+    server.assign(server.publish("detector/1.0.0/default", scaling(2)))
+    server.assign(server.publish("digits/1.0.0/default", scaling(3)))
+    with world.open() as fleet:
+        fleet.update_once()
+        assert answer(fleet) == 2.0
+        simulator.now += 100 * 86_400
+        server.assign(server.publish("digits/1.1.0/default", scaling(4)))
+        simulator.now += 81 * 86_400  # the detector's role has run out; CI of digits has renewed its own
+        for _ in range(3):
+            fleet.update_once()
+            server.renew()
+        x = {"x": np.ones((1, 4), np.float32)}
+        assert (answer(fleet), float(fleet.model("digits").run(x)["y"][0, 0])) == (2.0, 4.0)
+        told = [(event.model, event.reason) for event in server.events if event.kind == "refused"]
+        assert told == [("detector", "expired")]
+        assert fleet._worker.poller.state().failures == 0
+
+
 def _real(world):
     return Clock(now=lambda: float(world.server.simulator.now))
+
+
+def forge(world):
+    """The server answers every poll by another device's view."""
+    world.server.current = world.server.simulator.copy().bundle(device="cam-2")
+    world.server.simulator.version += 1  # so that it is not answered 304
+
+
+def told(world, *kinds):
+    return [(event.kind, event.reason) for event in world.server.events if event.kind in kinds]
+
+
+def test_refusal_reaches_the_server_while_the_attack_lasts(world, fleet):
+    fleet.update_once()
+    forge(world)
+    for _ in range(3):
+        assert fleet._worker.poller.step() is not None
+    assert told(world, "refused", "accepted") == [("refused", "wrong_device")]
+    assert fleet._worker.poller.failures == 3
+
+
+def test_refusal_is_kept_while_events_cannot_be_posted(world, fleet):
+    fleet.update_once()
+    forge(world)
+    world.server.faults[EVENTS] = [TransferError("held back") for _ in range(3)]
+    for _ in range(3):
+        fleet._worker.poller.step()
+    assert told(world, "refused") == []
+    fleet._worker.poller.step()
+    assert told(world, "refused") == [("refused", "wrong_device")]
+
+
+def test_signed_view_ends_a_refusal_and_the_server_is_told_once(world, fleet):
+    fleet.update_once()
+    forge(world)
+    fleet._worker.poller.step()
+    world.server.renew()
+    fleet.update_once()
+    fleet.update_once()
+    assert told(world, "refused", "accepted") == [("refused", "wrong_device"), ("accepted", "wrong_device")]
+    assert fleet._worker.poller.failures == 0
+
+
+def test_refusing_device_asks_for_the_whole_view_since_304_proves_nothing(world, fleet):
+    fleet.update_once()
+    fleet._worker.poller.poll()
+    forge(world)
+    fleet._worker.poller.step()
+    assert world.server.tags[-1].view > 0
+    fleet._worker.poller.step()
+    assert world.server.tags[-1].view == 0
+    world.server.renew()
+    fleet.update_once()
+    fleet._worker.poller.poll()
+    assert world.server.tags[-1].view == world.server.simulator.version
+
+
+def test_end_of_a_refusal_is_told_by_the_next_process_too(world, fleet):
+    fleet.update_once()
+    forge(world)
+    fleet._worker.poller.step()
+    fleet.stop()
+    with world.open() as again:
+        world.server.renew()
+        again.update_once()
+        assert told(world, "accepted") == [("accepted", "wrong_device")]
+
+
+def test_each_reason_is_told_once_an_hour_also_when_attacks_take_turns(world, fleet):
+    fleet.update_once()
+    mallory = world.server.simulator.copy().bundle(timestamp_key="mallory")
+    for _ in range(4):
+        forge(world)
+        fleet._worker.poller.step()
+        world.server.current = mallory
+        fleet._worker.poller.step()
+    assert told(world, "refused") == [("refused", "wrong_device"), ("refused", "bad_signature")]
+    world.time.seconds += 3_601
+    fleet._worker.poller.step()
+    assert told(world, "refused")[2:] == [("refused", "bad_signature")]
+
+
+@pytest.mark.parametrize("fault", [TransferError("silence"), TransferError("busy", status=503)])
+def test_view_that_expires_is_reported_stale_however_polls_fail(world, fleet, fault):
+    fleet.update_once()
+    world.server.simulator.now += 25 * 3_600
+    world.server.faults[POLL] = [fault]
+    fleet._worker.poller.step()
+    assert told(world, "refused") == [("refused", "stale")]
+
+
+def test_view_that_expires_between_two_polls_is_reported_stale(world, fleet):
+    """The attacker may have set the interval to a day."""
+    fleet.update_once()
+    fleet._worker._next_poll = fleet._worker._next_health = world.time.seconds + 86_400
+    world.server.simulator.now += 25 * 3_600
+    fleet._worker._poll_step()
+    fleet._worker._poll_step()
+    assert told(world, "refused") == [("refused", "stale")]
+
+
+def test_events_turned_elsewhere_are_kept_and_no_unexpected_error(world, fleet, caplog):
+    fleet.update_once()
+    fleet._worker._next_poll = fleet._worker._next_health = world.time.seconds + 86_400
+    fleet._journal.note("waiting", fleet._journal.get("detector"))
+    world.server.faults[EVENTS] = [UntrustedError("not a pinned host", code="redirect")]
+    with caplog.at_level(logging.INFO, "device_sdk"):
+        fleet._worker._poll_step()
+    assert "events wait" in caplog.text
+    assert len(fleet._outbox) == 1
+
+
+def test_a_model_that_alone_is_refused_is_told_when_it_begins_and_when_it_is_over(tmp_path):
+    server = Server(Simulator(models=("detector", "digits")))
+    sim = server.simulator
+    world = World(tmp_path / "device", server)
+    for model in ("detector", "digits"):
+        server.assign(server.publish(f"{model}/1.0.0/default", scaling(2)))
+    with world.open() as fleet:
+        fleet.update_once()
+        sim.now += 100 * DAY
+        sim.sign_targets()
+        server.assign(server.publish("digits/1.1.0/default", scaling(3)))
+        sim.now += 81 * DAY  # the detector's CI has not renewed its role
+        fleet.update_once()
+        server.renew()
+        fleet.update_once()
+    server.publish("detector/1.1.0/default", scaling(4))  # its role is signed anew
+    server.renew()
+    with world.open() as fleet:
+        fleet.update_once()
+    said = [(event.kind, event.reason) for event in server.events if event.model == "detector"]
+    assert [each for each in said if each[0] in {"refused", "accepted"}] == [
+        ("refused", "expired"),
+        ("accepted", "expired"),
+    ]

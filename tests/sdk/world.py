@@ -90,6 +90,7 @@ class Server:
     contents: dict[str, bytes] = field(default_factory=dict)
     routes: dict[str, Callable[[bytes], dict[str, Any]]] = field(default_factory=dict)
     current: Bundle | None = None
+    pieces: Callable[[str], Iterator[bytes]] | None = None  # of a file, as they come
 
     @property
     def events(self) -> list[Event]:
@@ -151,7 +152,7 @@ class Server:
         if self.faults.get("blobs"):
             raise self.faults["blobs"].pop(0)
         data = self.simulator.blobs[url.rsplit("/", 1)[1]]
-        yield StreamAnswer(200, {}, iter([data]))
+        yield StreamAnswer(200, {}, self.pieces(url) if self.pieces else iter([data]))
 
     def _poll(self, url: str, headers: Mapping[str, str]) -> Answer:
         tag = Tag.parse(headers["If-None-Match"])
@@ -225,7 +226,7 @@ class World:
         home.identity_file.write_bytes(Identity(simulator.device, "0" * 32, "credential").to_bytes())
 
     def open(self, **options: Any) -> Fleet:
-        defaults = {"transport": self.server, "clock": self.time.clock(), "intra_op_threads": 1}
+        defaults = {"transport": self.server, "clock": self.time.clock(), "intra_op_threads": 1, "rehearse": False}
         return Fleet.open(self.path, **{**defaults, **options})
 
     def committed(self, path: str, data: bytes, **options: Any) -> Fleet:

@@ -3,6 +3,7 @@
 import pytest
 from django.core.cache import cache
 
+from fleet.accounts import limits
 from fleet.devices import seen
 from fleet.rollouts import snapshots
 from tests.registry import own_folder, registry  # noqa: F401
@@ -16,3 +17,4 @@ def nothing_kept_in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(seen, "_buffer", seen.SeenBuffer())
     monkeypatch.setattr(seen.Flusher, "ensure", lambda self: None)
     monkeypatch.setattr(snapshots, "_kept", None)
+    limits.forget_all()

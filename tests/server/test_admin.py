@@ -431,6 +431,21 @@ def test_an_operator_plans_a_rollout(fleet, as_user):
     assert list(made.actions.values_list("action", "actor")) == [("create", "olga")]
 
 
+def test_an_operator_says_what_devices_wait_for(fleet, as_user):
+    release = Release.objects.get(model__name="detector", version="1.3.0")
+    asked = {"charging": "on", "idle": "on", "free_disk": "500", "rate": "50", "daily": "20"}
+
+    page = as_user("olga").post(
+        "/admin/rollouts/rollout/add/", {**ROLLOUT, "release": release.pk, **asked}, follow=True
+    )
+
+    made = Rollout.objects.latest("pk")
+    wanted = {"charging": True, "idle": True, "free_disk": 500 * 10**6, "rate": 50_000, "daily": 20 * 10**6}
+    assert (page.status_code, made.conditions) == (200, wanted)
+    shown = text(as_user("victor").get(f"/admin/rollouts/rollout/{made.pk}/change/"))
+    assert "charging idle 500 MB of disk free 50.0 kB a second 20.0 MB a day" in shown
+
+
 def test_a_rollout_may_start_at_once(fleet, as_user):
     release = Release.objects.get(model__name="detector", version="1.3.0")
 
@@ -495,6 +510,35 @@ def test_revoking_a_device_voids_its_credential(fleet, as_user):
 
     device.refresh_from_db()
     assert (device.state, device.epoch) == (Device.State.REVOKED, 2)
+
+
+def refuse(device: Device, message: str = "expected a view of 'cam'; got <b>'x'</b>") -> None:
+    at = (timezone.now() - timedelta(minutes=3)).isoformat()
+    device.refusal = {"code": "wrong_device", "message": message, "model": "", "at": at}
+    device.save()
+
+
+def test_a_device_that_refuses_what_it_is_sent_says_so_in_red_until_it_is_over(fleet, as_user):
+    device = fleet.devices[1]
+    refuse(device)
+
+    page = as_user("olga").get(address(device))
+    assert "This device refuses what it is sent. refused: wrong_device , 3 minutes ago" in text(page)
+    assert "expected a view of 'cam'; got <b>'x'</b>" in text(page)  # escaped: the device's words are no markup
+    Device.objects.update(refusal={})
+    assert "refuses what it is sent" not in text(as_user("olga").get(address(device)))
+
+
+def test_devices_that_refuse_are_announced_on_the_first_page_and_listed(fleet, as_user):
+    assert "Someone may stand between" not in text(as_user("victor").get("/admin/"))
+    refuse(fleet.devices[1])
+    assert "1 device refuses what it is sent" in text(as_user("victor").get("/admin/"))
+    refuse(fleet.devices[2])
+    assert "2 devices refuse what they are sent" in text(as_user("victor").get("/admin/"))
+
+    page = as_user("victor").get(f"{listing(Device)}?refuses=yes")
+    assert {row.pk for row in page.context["cl"].queryset} == {fleet.devices[1].pk, fleet.devices[2].pk}
+    assert text(page).count("refusing") == 2
 
 
 def test_a_viewer_approves_and_revokes_nothing(fleet, as_user):

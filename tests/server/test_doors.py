@@ -6,35 +6,53 @@
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from datetime import timedelta
 from io import BytesIO
 from typing import Any
 
 import pytest
 from django.test import Client
 from django.urls import URLPattern, URLResolver, get_resolver
+from securesystemslib.signer import CryptoSigner
 
 from device_sdk.protocol.manifest import digest
+from fleet.accounts.services import create_token
 from fleet.devices import credentials
 from fleet.devices.models import Device
 from fleet.feedback.models import Batch
 from fleet.releases import storage
 from fleet.releases.models import Artifact, Model
+from fleet.trust import keystore, repository
 from fleet.trust import services as trust
-from tests.fleet_world import api_token, device, enrolment_token, group, operator, outsider, release, running, viewer
+from fleet.trust.models import RoleMetadata
+from tests.fleet_world import (
+    api_token,
+    device,
+    enrolment_token,
+    group,
+    operator,
+    outsider,
+    release,
+    running,
+    staff,
+    superuser,
+    viewer,
+)  # fmt: skip
 from tests.registry import Registry, publish_token
 from tests.server.test_permissions import campaign
 
 Callers = frozenset[str]
 Door = Mapping[str, Callers]  # method to who gets in; methods that are not there let nobody in, HEAD is as GET
 
-PEOPLE = frozenset({"viewer", "operator"})
-READERS = PEOPLE | {"token read", "token operate"}
-OPERATORS = frozenset({"operator", "token operate"})
+PEOPLE = frozenset({"viewer", "operator", "superuser"})
+READERS = PEOPLE | {"token read", "token operate", "viewer's token operate"}
+OPERATORS = frozenset({"operator", "superuser", "token operate"})
 CI = frozenset({"token publish"})
 ANY_CI = CI | {"token publish wine"}
+SIGNERS = CI | {"token sign"}
 DEVICE = frozenset({"device"})
 DEVICES = DEVICE | {"another device"}
-KNOWN = READERS | ANY_CI | {"outsider"}
+KNOWN = READERS | ANY_CI | SIGNERS | {"token mirror", "token mirror wine", "outsider", "staff"}
 OUT = {401, 403, 404, 405}
 READ: Door = {"GET": READERS}
 DO: Door = {"POST": OPERATORS}
@@ -51,7 +69,10 @@ DOORS: dict[str, Door] = {
     "api/device/v1/batches/<batch_id>/content": {"PUT": DEVICE},
     "api/device/v1/batches/<batch_id>/complete": {"POST": DEVICE},
     "api/device/v1/blobs/<sha256>": {"GET": DEVICE},
-    "api/ci/v1/models/<model>/role": {"GET": CI, "POST": CI},
+    "api/device/v1/blobs/<sha256>/patches": {"GET": DEVICE},
+    "api/mirror/v1/blobs/<sha256>": {"GET": frozenset({"token mirror"})},
+    "api/ci/v1/models/<model>/role": {"GET": SIGNERS, "POST": CI},
+    "api/ci/v1/models/<model>/role/pending": {"GET": SIGNERS, "POST": SIGNERS},
     "api/ci/v1/blobs/<sha256>": {"HEAD": ANY_CI, "PUT": ANY_CI},
     "api/ci/v1/models/<model>/releases": {"POST": CI},
     "api/ci/v1/models/<model>/releases/<version>": {"GET": CI},
@@ -59,6 +80,8 @@ DOORS: dict[str, Door] = {
     "api/v1/models/<pk>/": READ,
     "api/v1/releases/": READ,
     "api/v1/releases/<pk>/": READ,
+    "api/v1/releases/<pk>/still_running/": READ,
+    "api/v1/releases/<pk>/attachments/<sha256>/": READ,
     "api/v1/devices/": READ,
     "api/v1/devices/<pk>/": READ,
     "api/v1/devices/<pk>/approve/": DO,
@@ -120,9 +143,11 @@ class Building:
 @pytest.fixture
 def building(registry: Registry) -> Building:
     trust.accept_role("digits", registry.role([]).encode())
+    _propose()
     made, content = release("1.0.0"), b"a model"
     variant = made.variants.get()
     variant.artifacts.add(Artifact.objects.create(sha256=digest(content), length=len(content)))
+    variant.attachments.create(kind="ml-bom", name="bom.json", artifact_id=digest(content))
     storage.put(storage.blob_name(digest(content)), BytesIO(content))
     mine, theirs = device("cam-1"), device("till-1")  # `theirs`: operators do things to it
     batch = Batch.objects.create(batch_id="1" * 32, device=mine, model=made.model, sha256="2" * 64, length=1, samples=1)
@@ -154,6 +179,24 @@ def _as_device(name: str, **more: Any) -> Client:
     return _bearer(credentials.credential_for(entry))
 
 
+def sign_token(*models: str) -> str:
+    return create_token(name="erin", scopes=["sign"], models=models, lifetime=timedelta(days=1))[1]
+
+
+def mirror_token(*models: str) -> str:
+    return create_token(name="site", scopes=["mirror"], models=models, lifetime=timedelta(days=1))[1]
+
+
+def _propose() -> None:
+    """The next version of the role, signed by one key of two."""
+    first, second = CryptoSigner.generate_ed25519(), CryptoSigner.generate_ed25519()
+    public = [first.public_key, second.public_key]
+    keystore.add_model(keystore.at(None), model="digits", public_keys=public, threshold=2)
+    role = repository.read_targets(RoleMetadata.objects.get(role="digits").content.encode())
+    role.version += 1
+    assert trust.receive_role("digits", repository.sign(role, [first])).is_pending
+
+
 def _wine_publisher() -> Client:
     Model.objects.get_or_create(name="wine")
     return _bearer(publish_token("wine"))
@@ -162,12 +205,18 @@ def _wine_publisher() -> Client:
 CALLERS: dict[str, Callable[[], Client]] = {
     "nobody": Client,
     "outsider": lambda: _logged_in(outsider()),
+    "staff": lambda: _logged_in(staff()),
+    "superuser": lambda: _logged_in(superuser()),
     "viewer": lambda: _logged_in(viewer()),
     "operator": lambda: _logged_in(operator()),
     "token read": lambda: _bearer(api_token(viewer(), "read")),
     "token operate": lambda: _bearer(api_token(operator(), "operate")),
+    "viewer's token operate": lambda: _bearer(api_token(viewer(), "operate")),  # never more than its user
     "token publish": lambda: _bearer(publish_token("digits")),
     "token publish wine": _wine_publisher,
+    "token sign": lambda: _bearer(sign_token("digits")),
+    "token mirror": lambda: _bearer(mirror_token()),
+    "token mirror wine": lambda: _bearer(mirror_token("wine")),
     "device": lambda: _as_device("cam-1"),
     "another device": lambda: _as_device("cam-2", model_names=["wine"]),
     "pending device": lambda: _as_device("cam-3", state=Device.State.PENDING),

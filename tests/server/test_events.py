@@ -11,7 +11,7 @@ from django.utils import timezone
 from device_sdk.protocol import limits
 from fleet.devices import services
 from fleet.devices.models import Device, DeviceEvent, ModelStatus, RunningSet
-from fleet.rollouts.selectors import releases_exist
+from fleet.rollouts.selectors import laggards, releases_exist
 from tests.fleet_world import Caller, device, event, post, refusal, release, running, running_set
 
 pytestmark = pytest.mark.django_db
@@ -178,3 +178,58 @@ def test_old_history_goes_and_the_rest_stays() -> None:
         DeviceEvent.objects.filter(pk=row.pk).update(received_at=timezone.now() - timedelta(days=age))
     services.thin_history()
     assert list(DeviceEvent.objects.order_by("pk").values_list("pk", flat=True)) == [rows[0].pk, rows[1].pk]
+
+
+# --- refusals ---------------------------------------------------------------------------------------------------------
+
+
+def refusing(caller: Caller) -> dict[str, Any]:
+    caller.device.refresh_from_db()
+    return {key: value for key, value in caller.device.refusal.items() if key != "at"}
+
+
+def test_a_refusal_stands_until_the_device_says_that_it_accepted_a_view(caller: Caller) -> None:
+    caller.post(event("refused", model="", reason="wrong_device", detail={"message": "expected a view of cam-1"}))
+    assert refusing(caller) == {"code": "wrong_device", "message": "expected a view of cam-1", "model": ""}
+    caller.poll()
+    caller.post(event("committed", release()), event("health"))
+    assert refusing(caller)["code"] == "wrong_device"
+    caller.post(event("accepted", model="", reason="wrong_device"))
+    assert refusing(caller) == {}
+
+
+def test_a_refused_file_stands_until_the_model_is_brought(caller: Caller) -> None:
+    target = release("1.1.0")
+    caller.post(event("refused", target, reason="hash_mismatch"), event("failed", target, reason="hash_mismatch"))
+    assert refusing(caller) == {"code": "hash_mismatch", "message": "", "model": "digits"}
+    caller.post(event("accepted", model=""), event("downloading", target))
+    assert refusing(caller)["code"] == "hash_mismatch"
+    caller.post(event("testing", target))
+    assert refusing(caller) == {}
+
+
+def test_of_several_refusals_the_last_is_shown(caller: Caller) -> None:
+    caller.post(event("refused", model="", reason="replayed"), event("refused", model="", reason="expired"))
+    assert refusing(caller)["code"] == "expired"
+
+
+def test_a_refusal_posted_twice_is_not_revived(caller: Caller) -> None:
+    told = event("refused", model="", reason="replayed")
+    caller.post(told)
+    caller.post(event("accepted", model=""))
+    caller.post(told)
+    assert refusing(caller) == {}
+
+
+def test_a_device_that_refuses_lags_because_of_it(caller: Caller) -> None:
+    running(release("1.1.0"))
+    caller.post(event("refused", model="", reason="replayed"))
+    (row,) = laggards()
+    assert (row.why, row.detail) == ("refused", "refused: replayed")
+    Device.objects.update(last_seen=timezone.now() - timedelta(days=1))  # whoever attacks lets no poll through
+    (row,) = laggards()
+    assert row.why == "refused"
+    Device.objects.update(last_seen=timezone.now())
+    caller.post(event("accepted", model=""))
+    (row,) = laggards()
+    assert row.why == "not_polled"

@@ -188,6 +188,12 @@ def draft(api: Api, **more: Any) -> Any:
     return api.post("rollouts/", {"release": target.pk, "stages": stages, **more})
 
 
+def test_a_rollout_says_what_its_devices_wait_for(api: Api) -> None:
+    answer = draft(api, conditions={"charging": True, "unmetered": False, "rate": 50_000})
+    assert (answer.status_code, answer.json()["conditions"]) == (201, {"charging": True, "rate": 50_000})
+    assert draft(api).json()["conditions"] == {}
+
+
 def test_a_rollout_is_drafted_started_watched_and_ended(api: Api) -> None:
     entries = devices(4)
     answer = draft(api, on_failure="roll_back", probation={"calls": 5}, window={"start": 0, "end": 60}, urgent=True)
@@ -236,6 +242,7 @@ def test_an_action_in_the_wrong_state_is_refused_with_a_code(api: Api) -> None:
         ({"stages": [{}]}, 400, "invalid"), ({"release": 999}, 400, "invalid"), ({"group": 999}, 400, "invalid"),
         ({"on_failure": "shrug"}, 400, "invalid"), ({"window": {"start": 0, "end": 1440}}, 400, "invalid"),
         ({"window": {"start": 0}}, 400, "invalid"), ({"probation": {"calls": -1}}, 400, "invalid"),
+        ({"conditions": {"charging": "perhaps"}}, 400, "invalid"), ({"conditions": {"rate": -1}}, 400, "invalid"),
         ({"probation": {"calls": 10**12}}, 422, "malformed"), ({"probation": {"seconds": "nan"}}, 400, "invalid"),
     ],
 )  # fmt: skip

@@ -55,6 +55,27 @@ def test_an_idle_poll_is_answered_304_without_a_body(caller: Caller, published: 
     assert Tag.parse(answer["ETag"]) == Tag(caller.view, running_digest({}))
 
 
+def test_a_device_that_holds_a_newer_view_than_a_restored_database_gets_one_above_it(
+    caller: Caller, published: Release
+) -> None:
+    completed(published)
+    caller.poll()
+    DeviceView.objects.update(version=caller.view - 500)  # the backup is older
+    newer = caller.view
+    answer = caller.poll()
+    assert answer.status_code == 200
+    assert newer < caller.view <= newer + 100
+    assert caller.poll().status_code == 304
+
+
+def test_a_version_that_no_honest_server_can_have_signed_moves_nothing(caller: Caller, published: Release) -> None:
+    caller.poll()
+    honest = caller.view
+    caller.view = 2**31
+    assert caller.poll().status_code == 200
+    assert DeviceView.objects.get().version == honest
+
+
 def test_every_answer_carries_the_interval(caller: Caller, settings: Any) -> None:
     settings.POLL_INTERVAL = 42.5
     assert [caller.poll()["Fleet-Poll-Interval"] for _ in range(2)] == ["42.5", "42.5"]

@@ -27,6 +27,13 @@ def test_a_rollout_is_created_with_its_stages_and_started_at_once() -> None:
     assert "digits 1.1.0  running  every device  stage 1" in said
 
 
+def test_a_rollout_says_what_its_devices_wait_for() -> None:
+    release("1.1.0")
+    rollout("create", "digits", "1.1.0", "--urgent", "--idle", "--free-disk", "1000000", "--rate", "5000")
+    made = Rollout.objects.get()
+    assert (made.urgent, made.conditions) == (True, {"idle": True, "free_disk": 1_000_000, "rate": 5000})
+
+
 def test_each_move_is_recorded_with_who_and_why() -> None:
     release("1.1.0")
     name = operator().username

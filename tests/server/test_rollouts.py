@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 from django.utils import timezone
 
+from device_sdk.protocol.assignment import Conditions
 from fleet.devices import services as device_services
 from fleet.devices.models import Device, ModelStatus
 from fleet.errors import Conflict, Invalid
@@ -92,7 +93,8 @@ def test_stages_that_make_no_sense_are_refused(stages: list[StagePlan]) -> None:
     "more",
     [
         {"window": {"start": 0}}, {"window": {"start": 0, "end": 1440}}, {"probation": {"calls": -1}},
-        {"probation": {"max_error_rate": 2}}, {"on_failure": "shrug"},
+        {"probation": {"max_error_rate": 2}}, {"on_failure": "shrug"}, {"conditions": {"full_moon": True}},
+        {"conditions": {"charging": "yes"}}, {"conditions": {"free_disk": -1}}, {"conditions": {"rate": 1.5}},
     ],
 )  # fmt: skip
 def test_conditions_that_make_no_sense_are_refused(more: dict[str, Any]) -> None:
@@ -111,6 +113,27 @@ def test_the_conditions_of_a_rollout_reach_the_device() -> None:
         0.25,
         10,
     )
+
+
+def test_what_a_device_waits_for_reaches_it_in_the_signed_assignment() -> None:
+    asked = {"charging": True, "idle": False, "free_disk": 10**9, "daily": 5 * 10**6}
+    rollout = running(release(), conditions=asked)
+    (assignment,) = selectors.assignments_for(device())
+    assert assignment.conditions == Conditions(charging=True, free_disk=10**9, daily=5 * 10**6)
+    assert rollout.conditions == {
+        "charging": True,
+        "free_disk": 10**9,
+        "daily": 5 * 10**6,
+    }  # what is not asked is not kept
+
+
+def test_conditions_that_cannot_be_read_admit_nobody() -> None:
+    entry = device()
+    completed(release("1.0.0"))
+    rollout = running(release("1.1.0"))
+    Rollout.objects.filter(pk=rollout.pk).update(conditions={"charging": "perhaps"})
+    snapshots.bump()
+    assert wanted(entry) == "1.0.0"
 
 
 # --- the state table ---------------------------------------------------------------------------------------------
@@ -245,7 +268,7 @@ def test_a_pin_overrides_and_can_be_let_go() -> None:
     services.pin(device=entry, model="digits", version="1.0.0", actor="ann")
     assert wanted(entry) == "1.0.0"
     Release.objects.filter(version="1.0.0").update(state=Release.State.REVOKED)
-    assert wanted(entry) is None  # keep what runs
+    assert wanted(entry) == "1.1.0"  # a pin to what is revoked binds no more
     services.pin(device=entry, model="digits", version=None, actor="ann")
     assert wanted(entry) == "1.1.0"
 

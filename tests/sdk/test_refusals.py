@@ -1,4 +1,4 @@
-"""Rows of the attack table in TRUST.md, black box: only the device's public parts, and what an attacker can send.
+"""Rows of the attack table in TRUST.md against one part each, in memory; against whole processes: `tests/attacks/`.
 
 Each attack must leave the view, the model in use and every byte on disk as they were, name itself by its code, and
 leave the device able to take the next honest view.
