@@ -11,10 +11,10 @@ TEST := .venv/.test-$(call sum,test)
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes -r
 # Tests that share a server or a browser stay on one worker, see tests/conftest.py.
 WORKERS ?= 2
-PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup
+PYTEST := $(BIN)/python -m pytest -n $(WORKERS)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint bench serve screenshots lock clean
+.PHONY: help demo test lint mutants conformance fuzz audit-deps bench serve screenshots lock clean
 
 help: ## What can be made
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' Makefile
@@ -34,6 +34,25 @@ lint: $(TEST) ## Style, types, import rules, migrations, checks, API schema
 	$(BIN)/python manage.py makemigrations --check --dry-run
 	$(BIN)/python manage.py check
 	$(BIN)/python manage.py spectacular --validate --fail-on-warn --file /dev/null
+
+mutants: $(TEST) ## Take the SDK's checks away one by one, to see the attack tests notice; ROWS="1 23", all 40 take a while
+	@.ci/tools
+	$(BIN)/python -m tests.attacks.mutants $(ROWS)
+
+# The suite is on no package index: github.com/theupdateframework/tuf-conformance, any checkout. Three of its tests need
+# the program faketime.
+conformance: $(TEST) ## The public TUF suite against the SDK's client; SUITE=/path/to/tuf-conformance
+	@test -d "$(SUITE)/tuf_conformance" || { echo "SUITE=/path/to/a/checkout/of/tuf-conformance is needed" >&2; exit 2; }
+	@command -v faketime >/dev/null || { echo "The suite needs faketime: apt install faketime" >&2; exit 2; }
+	cd "$(SUITE)" && PYTHONDONTWRITEBYTECODE=1 PYTHONPATH="$(CURDIR)" "$(CURDIR)/$(BIN)/python" -m pytest tuf_conformance \
+	  -q -n $(WORKERS) -p no:cacheprovider -p no:django \
+	  --entrypoint "$(CURDIR)/$(BIN)/python -m tests.conformance" $(ARGS)
+
+fuzz: $(TEST) ## Mutated messages at every parser, for SECONDS (600); crashes are kept in tests/fuzz/crashes
+	$(BIN)/python -m tests.fuzz --seconds $(or $(SECONDS),600) $(ARGS)
+
+audit-deps: $(TEST) ## Are the locked packages free of known faults? Says so where it could ask nobody (exit 3)
+	$(BIN)/python -m deploy.audit_deps $(ARGS)
 
 bench: $(DEMO) ## Measure what it costs beside baselines; writes deploy/bench/RESULTS.md
 	$(BIN)/python -m deploy.bench $(ARGS)
