@@ -427,17 +427,19 @@ def _checked_probation(probation: Mapping[str, float] | None) -> dict[str, float
 
 
 def _fair_salt(rollout: Rollout) -> str:
-    """A salt by which the first stage gets the reports that it asks for, where the group is large enough for that.
+    """A salt by which every stage gets the reports that it asks for, where the group is large enough for that.
 
-    Ten percent of eight devices is often nobody: such a stage would wait for ever.
+    Ten percent of eight devices is often nobody, and half of them now and then one: such a stage would wait for ever.
     """
-    first = rollout.stages.get(index=0)
     model = rollout.release.model.name
     names = [device.name for device in members(rollout.group) if model in device.model_names and not device.pins]
     salts = [rollout.salt, *(token_hex(16) for _ in range(SALTS_TRIED))] if len(names) < 1_000 else [rollout.salt]
-    enough = min(first.min_reports, len(names))
-    good = (salt for salt in salts if sum(policy.in_cohort(salt, name, first.percent) for name in names) >= enough)
-    return next(good, rollout.salt)
+    asked = [(stage.percent, min(stage.min_reports, len(names))) for stage in rollout.stages.all()]
+
+    def is_fair(salt: str) -> bool:
+        return all(sum(policy.in_cohort(salt, name, percent) for name in names) >= enough for percent, enough in asked)
+
+    return next(filter(is_fair, salts), rollout.salt)
 
 
 def _credit_those_who_run_it(rollout: Rollout) -> None:
