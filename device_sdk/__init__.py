@@ -30,14 +30,14 @@ if TYPE_CHECKING:
         UnauthorizedError,
         UntrustedError,
     )
-    from device_sdk.runtime import Model
+    from device_sdk.model import Model
 
 _HOMES = {
     "Fleet": "client",
     "Options": "client",
     "Status": "client",
     "enrol": "client",
-    "Model": "runtime",
+    "Model": "model",
     "DeviceError": "errors",
     "HeldError": "errors",
     "InputError": "errors",

@@ -17,7 +17,7 @@ from device_sdk.protocol.errors import ProtocolError
 
 if TYPE_CHECKING:
     from device_sdk.client import Status
-    from device_sdk.runtime import Model
+    from device_sdk.model import Model
 
 OK, USAGE, REFUSED, NETWORK = 0, 2, 3, 4
 

@@ -24,11 +24,14 @@ from typing import Any, Self
 
 from device_sdk import __version__
 from device_sdk.config import Home, Identity, Provision, write_durably
+from device_sdk.counts import Counts
 from device_sdk.download import Fetched, fetch
 from device_sdk.errors import DeviceError, ModelError, SetupError, TransferError, is_retryable
 from device_sdk.install import Clock, Installer, Parts, Swap
 from device_sdk.journal import Journal
+from device_sdk.ledger import Ledger
 from device_sdk.mirror import BAD_MIRROR, open_mirror
+from device_sdk.model import Model
 from device_sdk.outbox import Outbox
 from device_sdk.patching import Patcher
 from device_sdk.peers import Board, Served, Uncollected
@@ -39,14 +42,15 @@ from device_sdk.protocol.manifest import Manifest
 from device_sdk.protocol.names import check_name
 from device_sdk.protocol.polls import ENROL, EnrolRequest, check_labels
 from device_sdk.rehearsal import Rules
-from device_sdk.runtime import Model, RuntimeOptions, Slot, end_plainly
+from device_sdk.runtime import RuntimeOptions, end_plainly
+from device_sdk.slot import Slot
 from device_sdk.spool import Redact, Spool
 from device_sdk.store import Store
 from device_sdk.traffic import Clock as TrafficClock
 from device_sdk.traffic import Limits, Traffic
 from device_sdk.transport import Transport
 from device_sdk.trust import Trust, View
-from device_sdk.updater import Counts, State, backoff
+from device_sdk.updater import State, backoff
 from device_sdk.uploader import Report, Uploader
 from device_sdk.worker import Context, Loop, PollState, Settings, Worker
 
@@ -133,7 +137,8 @@ class Status:
     samples_dropped: Mapping[str, int] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
-        return asdict(self)
+        models = {name: {**asdict(each), "counts": each.counts.shown()} for name, each in self.models.items()}
+        return {**asdict(self), "models": models}
 
 
 class Fleet:
@@ -348,6 +353,7 @@ class Fleet:
             fetch=bring,
             probes=Probes(options.probes, disk=self._store.free_bytes),
             traffic=traffic,
+            ledger=Ledger(self._home.ledger_file),
             options=RuntimeOptions(options.intra_op_threads, options.providers, options.session_options),
             rehearsal=Rules(options.rehearsal_bytes, options.rehearsal_seconds) if options.rehearse else None,
             swap=Swap(options.swap, options.held_calls, options.held_seconds),

@@ -116,6 +116,10 @@ class Home:
         return self.path / "traffic.json"
 
     @property
+    def ledger_file(self) -> Path:
+        return self.path / "ledger.json"
+
+    @property
     def peers(self) -> Path:
         return self.path / "peers"
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from device_sdk import runtime
+from device_sdk.counts import Counts
 from device_sdk.download import Fetched
 from device_sdk.errors import (
     DeviceError,
@@ -21,20 +22,21 @@ from device_sdk.errors import (
     is_retryable,
 )
 from device_sdk.journal import Journal
+from device_sdk.ledger import Done, Ledger
 from device_sdk.peers import Seen, Served, total
 from device_sdk.probes import IDLE, Probes
 from device_sdk.protocol import events, limits
 from device_sdk.protocol.assignment import Assignment, Probation
 from device_sdk.protocol.manifest import Manifest
 from device_sdk.rehearsal import Rules, free_memory, rehearse
-from device_sdk.runtime import Gate, Loaded, RuntimeOptions, Slot
+from device_sdk.runtime import RuntimeOptions
+from device_sdk.slot import CHECK_EVERY, Gate, Loaded, Slot, told
 from device_sdk.store import LoadedFiles, Store
 from device_sdk.traffic import BudgetError, Limits, Traffic
 from device_sdk.updater import (
     MAX_STARTS,
     MAX_TESTS,
     RESTING,
-    Counts,
     Progress,
     Signal,
     State,
@@ -124,6 +126,7 @@ class Parts:
     fetch: Callable[[Manifest, Callable[..., None]], Fetched]
     probes: Probes
     traffic: Traffic
+    ledger: Ledger
     options: RuntimeOptions = field(default_factory=RuntimeOptions)
     rehearsal: Rules | None = field(default_factory=Rules)  # None: load without a test beforehand
     swap: Swap = field(default_factory=Swap)
@@ -196,6 +199,7 @@ class Installer:
 
     def close(self) -> None:
         """A clean end is not held against a trial: its starts are counted anew."""
+        self.note_counts()
         trial = self._store.state(self.model).trial
         if self._parts.writes and trial and self.slot.current is not None:
             try:
@@ -322,7 +326,7 @@ class Installer:
 
     def _settle(self, *, on_trial: bool) -> None:
         if self.slot.current:
-            self.slot.current.check_mask = 0 if on_trial else runtime.CHECK_EVERY - 1
+            self.slot.current.check_mask = 0 if on_trial else CHECK_EVERY - 1
         self.slot.alarm = self._parts.wake if on_trial else _nothing
         if not on_trial:
             self.slot.drop_previous(timeout=RETIRE_SECONDS)
@@ -586,6 +590,7 @@ class Installer:
         loaded = self._test(sha)
         self._go_on()
         self._signal(Signal.TESTED)
+        self.note_counts()
         self._store.begin_trial(self.model, sha)
         self._serve(loaded, on_trial=True)
         self._signal(Signal.ACTIVATED)
@@ -647,7 +652,7 @@ class Installer:
     # Probation
 
     def _serve(self, loaded: Loaded, *, on_trial: bool) -> None:
-        loaded.check_mask = 0 if on_trial else runtime.CHECK_EVERY - 1
+        loaded.check_mask = 0 if on_trial else CHECK_EVERY - 1
         self._since = self._parts.clock.monotonic()
         self._verdict = None
         self.slot.alarm = self._parts.wake if on_trial else _nothing
@@ -657,29 +662,48 @@ class Installer:
 
     def _watch(self, rules: Probation) -> float | None:
         """Judge the trial. A verdict that could not be written is carried out again at the next look."""
-        trial = self._store.state(self.model).trial or ""
-        own = self.slot.current.stats.counts() if self.slot.current else Counts()
+        state, current = self._store.state(self.model), self.slot.current
+        trial = state.trial or ""
+        own = current.stats.counts() if current else Counts()
         counts = total(own, self._parts.seen(self.model, trial))
-        seconds = self._parts.clock.monotonic() - self._since
-        self._verdict = self._verdict or judge(rules, counts, seconds)
+        before = current.before if current else Done()
+        whole = before.and_then(counts, self.seconds())
+        baseline = self._parts.ledger.get(self.model, state.active).counts
+        del current
+        self._verdict = self._verdict or judge(rules, whole.counts, whole.seconds, baseline)
         if self._verdict is None:
             return WATCH_SECONDS
         try:
             if self._verdict.signal is Signal.HEALTHY:
-                self._commit(counts, seconds)
+                self._commit(self._verdict, counts, whole)
             else:
-                self._reject(trial, self._verdict, counts, seconds)
+                self._reject(trial, self._verdict, counts, whole.seconds)
         except StorageError as error:
             log.warning("%s: the verdict waits for the disk: %s", self.model, error)
             return LOOK_SECONDS
         return 0.0
 
-    def _commit(self, counts: Counts, seconds: float) -> None:
+    def seconds(self) -> float:
+        """How long what serves has served, in this process."""
+        return max(self._parts.clock.monotonic() - self._since, 0.0)
+
+    def note_counts(self) -> None:
+        """Keep what the release that serves did so far, for a later comparison and for a later process."""
+        current = self.slot.current
+        if current is None or not self._parts.writes:
+            return
+        kept = self._store.state(self.model).kept
+        if current.sha256 in kept:
+            done = current.before.and_then(current.stats.counts(), self.seconds())
+            self._parts.ledger.keep(self.model, current.sha256, done, kept=kept)
+
+    def _commit(self, verdict: Verdict, counts: Counts, whole: Done) -> None:
         self._store.commit(self.model)
         self._verdict = None
-        self._signal(Signal.HEALTHY, detail=_detail(counts, seconds))
+        self.note_counts()
+        self._signal(Signal.HEALTHY, detail={**told(self.slot.current, counts, whole.seconds), **verdict.detail})
         if self.slot.current:
-            self.slot.current.check_mask = runtime.CHECK_EVERY - 1
+            self.slot.current.check_mask = CHECK_EVERY - 1
         self.slot.alarm = _nothing
         self.slot.drop_previous()
         self._parts.tidy()
@@ -689,10 +713,13 @@ class Installer:
 
         Where CI lists none to go back to, it stays in memory until the server, which now knows, says what to do.
         """
+        served = self.slot.current if self._serves(sha) else None
+        numbers = {**told(served, counts or Counts(), seconds), **verdict.detail}
+        del served  # leaving it counts references
         self._leave(sha)
         self._store.reject(self.model, sha, verdict.reason)
         self._verdict = None
-        self._signal(Signal.UNHEALTHY, verdict.reason, detail=_detail(counts or Counts(), seconds))
+        self._signal(Signal.UNHEALTHY, verdict.reason, detail=numbers)
         self.slot.alarm = _nothing
         self._serve_kept()
         self._parts.tidy()
@@ -749,6 +776,7 @@ class Installer:
         current = self.slot.current
         if current is None or not self._parts.swap.is_tight(manifest):
             return
+        self.note_counts()
         self._unloaded = current.sha256
         log.info("%s: %s is unloaded to make room", self.model, current.path)
         del current
@@ -774,7 +802,9 @@ class Installer:
 
     def _make(self, sha: str, files: LoadedFiles) -> Loaded:
         entry = files.entry_path if files.entry_bytes is None else files.entry_bytes
-        return runtime.load(files.manifest, sha256=sha, entry=entry, options=self._parts.options)
+        loaded = runtime.load(files.manifest, sha256=sha, entry=entry, options=self._parts.options)
+        loaded.before = self._parts.ledger.get(self.model, sha)
+        return loaded
 
     def _signal(self, signal: Signal, reason: str = "", detail: dict[str, float | str] | None = None) -> None:
         self._journal.record(self.progress.after(signal, reason), detail)
@@ -794,17 +824,6 @@ class Installer:
 _SETTLED = RESTING | {State.WAITING}
 _STOPPED = "nothing of it may run any more, and the server's policy is to run nothing; a new release starts it again"
 _NONE = "0" * 64
-
-
-def _detail(counts: Counts, seconds: float) -> dict[str, float | str]:
-    return {
-        "calls": counts.calls,
-        "errors": counts.errors,
-        "invalid": counts.invalid,
-        "seconds": round(seconds, 1),
-        "p50_us": counts.p50,
-        "p95_us": counts.p95,
-    }
 
 
 def _named(why: Why, error: DeviceError) -> str:

@@ -41,6 +41,7 @@ from device_sdk.protocol.manifest import (
     digest,
 )
 from device_sdk.protocol.names import ReleasePath, check_file_name, check_model, check_name
+from device_sdk.protocol.scores import KINDS, Scores
 
 ROLE_LIFETIME = timedelta(days=180)
 CHUNK = 8 * 1024 * 1024  # bytes in one PUT; what a broken line costs at most
@@ -176,10 +177,13 @@ def build_variant(
     requires: Requirements,
     metadata: Mapping[str, str],
     attach: Sequence[tuple[str, Path]] = (),
+    scores: Scores | None = None,
 ) -> Variant:
     """`attach`: kind and file of what is said about the variant."""
     local = tuple(_local(file) for file in files)
     inputs, outputs = _tensors(files[0])
+    if scores and outputs and scores.output not in {spec.name for spec in outputs}:
+        raise SetupError(f"--scores: no output {scores.output!r}; the model has {[spec.name for spec in outputs]}")
     attached = tuple((kind, _attachment(file)) for kind, file in attach)
     manifest = Manifest(
         path=path,
@@ -190,6 +194,7 @@ def build_variant(
         requires=requires,
         metadata=metadata,
         attachments=tuple(Attachment(kind, f.entry.name, f.entry.length, f.entry.sha256) for kind, f in attached),
+        scores=scores,
     )
     files_attached = tuple(file for _, file in attached)
     return Variant(Manifest.parse(manifest.to_bytes()), local, files_attached)  # parsed: what we refuse need not travel
@@ -422,9 +427,15 @@ def _variants(options: argparse.Namespace) -> list[Variant]:
     metadata = _metadata(options.meta)
     version = check_name(options.version, "version")
     attach = _attached(options.attach, chosen)
+    scores = Scores.from_text(options.scores) if options.scores else None
     return [
         build_variant(
-            ReleasePath(options.model, version, name), files, requires=requires, metadata=metadata, attach=attach[name]
+            ReleasePath(options.model, version, name),
+            files,
+            requires=requires,
+            metadata=metadata,
+            attach=attach[name],
+            scores=scores,
         )
         for name, files in chosen.items()
     ]
@@ -596,6 +607,10 @@ def _push_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--attach", action="append", default=[], metavar="[VARIANT:]KIND=FILE",
         help=f"signed with the release, kept by the server: {', '.join(ATTACHMENT_KINDS)}; may be repeated",
+    )  # fmt: skip
+    command.add_argument(
+        "--scores", default="", metavar="OUTPUT[:KIND]",
+        help=f"the output with the scores of classes ({', '.join(KINDS)}): devices then watch confidence and class mix",
     )  # fmt: skip
     command.add_argument("--min-sdk", default="", help="the oldest SDK that can run it")
     command.add_argument("--min-runtime", default="", help="the oldest onnxruntime that can run it")

@@ -77,19 +77,29 @@ CONDITION_SIZES = ("free_disk", "free_memory", "rate", "daily")
 
 @dataclass(frozen=True, slots=True)
 class Probation:
-    """How long a new release is watched, and what ends it. Rates are fractions of calls."""
+    """How long a new release is watched, and what ends it. Rates are fractions of calls.
+
+    The last three compare it with the release before it on the same device; None: that is not looked at.
+    `max_slowdown`: median latency, as a multiple of what it was. `max_confidence_drop`: of the mean top score, 0 to 1.
+    `max_class_shift`: total variation distance of the class mix, 0 to 1.
+    """
 
     calls: int = 20
     seconds: float = 10.0
     max_error_rate: float = 0.0
     max_invalid_rate: float = 0.0
+    max_slowdown: float | None = None
+    max_confidence_drop: float | None = None
+    max_class_shift: float | None = None
 
     def to_json(self) -> dict[str, Any]:
+        asked = {name: getattr(self, name) for name in COMPARED}
         return {
             "calls": self.calls,
             "seconds": fields.decimal(self.seconds),
             "max_error_rate": fields.decimal(self.max_error_rate),
             "max_invalid_rate": fields.decimal(self.max_invalid_rate),
+            **{name: fields.decimal(value) for name, value in asked.items() if value is not None},
         }
 
     @classmethod
@@ -100,7 +110,15 @@ class Probation:
             seconds=fields.take_decimal(item, "seconds", low=0, high=30 * 86_400),
             max_error_rate=fields.take_decimal(item, "max_error_rate", low=0, high=1),
             max_invalid_rate=fields.take_decimal(item, "max_invalid_rate", low=0, high=1),
+            **{
+                name: fields.take_decimal(item, name, low=low, high=high)
+                for name, (low, high) in COMPARED.items()
+                if item.get(name) is not None
+            },
         )
+
+
+COMPARED = {"max_slowdown": (1.0, 1_000.0), "max_confidence_drop": (0.0, 1.0), "max_class_shift": (0.0, 1.0)}
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,7 +3,7 @@
 import contextlib
 import json
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -103,8 +103,9 @@ class Server:
     def kinds(self, model: str = "detector") -> list[str]:
         return [event.kind for event in self.events if event.model == model and event.kind != "health"]
 
-    def publish(self, path: str, data: bytes) -> Manifest:
-        manifest = manifest_of(path, data)
+    def publish(self, path: str, data: bytes, **said: Any) -> Manifest:
+        """`said`: more fields of the manifest."""
+        manifest = replace(manifest_of(path, data), **said)
         self.simulator.list_release(manifest)
         self.simulator.blobs[digest(data)] = data
         return manifest
