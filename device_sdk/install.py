@@ -6,7 +6,7 @@ The order of an update: fetch, verify, test beside the release that serves, swit
 import logging
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 from device_sdk import runtime
@@ -53,6 +53,7 @@ log = logging.getLogger("device_sdk")
 WATCH_SECONDS = 0.25  # between two looks at a release in probation
 LOOK_SECONDS = 30.0  # between two looks at a condition that is not met
 FIRST_RETRY = 5.0
+FORGIVEN_SECONDS = 60.0  # between two looks whether a person at the device has forgiven a release
 DAMAGED = "damaged"  # the code of what was installed here and is no longer whole
 RETIRE_SECONDS = 5.0  # a follower waits so long for a slow call before it goes on with what comes next
 _MARGIN = 64 * limits.MIB  # of memory, that `auto` leaves to the rest of the device
@@ -159,7 +160,8 @@ class Installer:
         self._retry_for = ""
         self._verdict: Verdict | None = None  # reached, and not yet on disk
         self._unloaded: str | None = None  # what was, to make room, and is to come back if nothing else does
-        self._held_since: tuple[str, float] | None = None  # which release the program puts off, and since when
+        self._held_since: tuple[str, float] | None = None  # which release the program puts off, since when (monotonic)
+        self._held_at = 0.0  # the same in unix seconds, which a restart survives
         self._since = 0.0  # when the trial began to serve, monotonic
 
     @property
@@ -243,7 +245,7 @@ class Installer:
         on_trial = False
         try:
             on_trial = self._parts.writes and self._put_on_trial(sha)
-            if on_trial and self._store.count_start(self.model) >= MAX_STARTS:
+            if on_trial and self._store.count_start(self.model) > MAX_STARTS:
                 self._reject(sha, Verdict(Signal.UNHEALTHY, Why.CRASH_LOOP))
                 return self.slot.current is not None
         except StorageError as error:
@@ -260,7 +262,8 @@ class Installer:
         """Whether `sha` is unproven. One that stands in no state (the state was lost) is put on trial again."""
         state = self._store.state(self.model)
         if sha not in state.kept:
-            self._store.begin_trial(self.model, sha)
+            tests = self.progress.tests if self.progress.sha256 == sha else 0  # it may have died of the test
+            self._store.begin_trial(self.model, sha, starts=tests)
             self._adopt(sha, self.progress)
             return True
         return sha == state.trial
@@ -349,7 +352,7 @@ class Installer:
             return
         trial = self._store.state(self.model).trial
         try:
-            if trial and self._store.count_start(self.model) >= MAX_STARTS:
+            if trial and self._store.count_start(self.model) > MAX_STARTS:
                 self._reject(trial, Verdict(Signal.UNHEALTHY, Why.CRASH_LOOP))
                 return
         except StorageError as error:
@@ -402,7 +405,7 @@ class Installer:
                 self._tell_once(Signal.FAIL, reason)
             if assignment.stop and not self._may_go_on():
                 self._stop()
-            return None
+            return FORGIVEN_SECONDS if reason == Why.KNOWN_BAD else None
         left = self._retry_at - self._parts.clock.monotonic()
         if left > 0:
             return left
@@ -410,7 +413,7 @@ class Installer:
             self._tell_once(Signal.HOLD, hold)
             return LOOK_SECONDS
         if self._store.has(assignment.sha256) and (hold := self._held(assignment)):
-            self._tell_once(Signal.HOLD, hold)
+            self._tell_once(Signal.HOLD, hold, held_at=self._held_at)
             return WATCH_SECONDS
         return self._install(verified)
 
@@ -422,8 +425,18 @@ class Installer:
             return ""
         now = self._parts.clock.monotonic()
         if self._held_since is None or self._held_since[0] != assignment.sha256:
-            self._held_since = (assignment.sha256, now)
+            self._held_since = (assignment.sha256, now - self._held_before(assignment))
         return f"{Why.HELD}: {reason}" if now - self._held_since[1] < assignment.max_hold else ""
+
+    def _held_before(self, assignment: Assignment) -> float:
+        """For how long an earlier process put off this release already: a restart is no new deadline.
+
+        By the wall clock: a device that was off for a night has waited that night. One set back begins anew.
+        """
+        progress, now = self.progress, self._parts.clock.now()
+        is_same = progress.sha256 == assignment.sha256 and 0 < progress.held_at <= now
+        self._held_at = progress.held_at if is_same else now
+        return now - self._held_at
 
     # What the view took back
 
@@ -527,13 +540,25 @@ class Installer:
     def _obstacle(self, verified: Verified) -> str:
         """Why this release will not run here, whatever is tried."""
         manifest = verified.manifest
-        if self._store.is_bad(verified.assignment.sha256):
+        if self._store.is_bad(verified.assignment.sha256) and not self._forgive(verified.assignment):
             return Why.KNOWN_BAD
         if manifest and older(self._parts.sdk, manifest.requires.sdk):
             return Why.REQUIRES_SDK
         if manifest and older(runtime.RUNTIME, manifest.requires.runtime):
             return Why.REQUIRES_RUNTIME
         return ""
+
+    def _forgive(self, assignment: Assignment) -> bool:
+        """A signed view may ask for one more try: once for each rollout that says so."""
+        sha = assignment.sha256
+        try:
+            if not assignment.forgive or self._store.bad_rollout(sha) == assignment.rollout:
+                return False
+            log.warning("%s: %s is tried again; it was rejected: %s", self.model, sha, self._store.bad_reason(sha))
+            self._store.forgive(sha)
+        except StorageError as error:
+            log.warning("%s: it stays rejected: %s", self.model, error)
+        return not self._store.is_bad(sha)
 
     def _install(self, verified: Verified) -> float | None:
         """One attempt; each kind of failure has its own end."""
@@ -585,13 +610,13 @@ class Installer:
         fetched = Fetched() if self._store.has(sha) else self._parts.fetch(manifest, self._go_on)
         self._signal(Signal.DOWNLOADED, detail=fetched.detail())
         if hold := self._held(assignment):
-            self._signal(Signal.HOLD, hold)
+            self._tell_once(Signal.HOLD, hold, held_at=self._held_at)
             return
         loaded = self._test(sha)
         self._go_on()
         self._signal(Signal.TESTED)
         self.note_counts()
-        self._store.begin_trial(self.model, sha)
+        self._store.begin_trial(self.model, sha, starts=1)
         self._serve(loaded, on_trial=True)
         self._signal(Signal.ACTIVATED)
 
@@ -644,7 +669,7 @@ class Installer:
     def _mark_bad(self, sha: str, error: ModelError) -> None:
         log.error("%s: %s is never tried again: %s", self.model, self.progress.release, error)
         try:
-            self._store.reject(self.model, sha, error.code)
+            self._store.reject(self.model, sha, error.code, self.progress.rollout)
         except StorageError as full:
             log.warning("%s: %s could not be marked: %s", self.model, sha, full)
         self._signal(Signal.FAIL, error.code, detail={"message": str(error)[:200]})
@@ -717,7 +742,7 @@ class Installer:
         numbers = {**told(served, counts or Counts(), seconds), **verdict.detail}
         del served  # leaving it counts references
         self._leave(sha)
-        self._store.reject(self.model, sha, verdict.reason)
+        self._store.reject(self.model, sha, verdict.reason, self.progress.rollout)
         self._verdict = None
         self._signal(Signal.UNHEALTHY, verdict.reason, detail=numbers)
         self.slot.alarm = _nothing
@@ -809,14 +834,14 @@ class Installer:
     def _signal(self, signal: Signal, reason: str = "", detail: dict[str, float | str] | None = None) -> None:
         self._journal.record(self.progress.after(signal, reason), detail)
 
-    def _tell_once(self, signal: Signal, reason: str = "") -> None:
+    def _tell_once(self, signal: Signal, reason: str = "", *, held_at: float = 0.0) -> None:
         """Record an outcome that every look at the same view finds again."""
         verified = self.latest
         if verified is None:
             return
         assignment = verified.assignment
         about = self.progress.about(assignment.sha256, assignment.release, assignment.rollout)
-        after = about.after(signal, reason)
+        after = replace(about.after(signal, reason), held_at=held_at)
         if not after.says(self.progress):
             self._journal.record(after)
 

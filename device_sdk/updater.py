@@ -15,7 +15,7 @@ from device_sdk.protocol.cohorts import jitter
 from device_sdk.protocol.names import ReleasePath
 
 EARLY_CALLS = 5  # a probation may be failed after so many calls, it need not wait for all of them
-MAX_STARTS = 2  # a release on trial that is started so often without a verdict has taken the process down twice
+MAX_STARTS = 2  # a release on trial whose process ended so often without a word is not started once more
 MAX_TESTS = 2  # likewise a release whose test came to no end so often
 MAX_DELAY = 3_600.0  # seconds; nothing is retried less often than this
 NOTHING = Counts()
@@ -146,11 +146,13 @@ class Progress:
     tests: int = 0
     id: str = ""
     at: float = 0.0
+    held_at: float = 0.0  # unix seconds since when the program puts this release off; 0: it does not
 
     def about(self, sha256: str, release: ReleasePath | None, rollout: str) -> "Progress":
         """The same place in the lifecycle, turned to another release."""
         tests = self.tests if sha256 == self.sha256 else 0
-        return replace(self, sha256=sha256, release=release, rollout=rollout, tests=tests)
+        held_at = self.held_at if sha256 == self.sha256 else 0.0
+        return replace(self, sha256=sha256, release=release, rollout=rollout, tests=tests, held_at=held_at)
 
     def after(self, signal: Signal, reason: str = "") -> "Progress":
         state = step(self.state, signal)
@@ -159,7 +161,8 @@ class Progress:
             tests += 1
         elif self.state is State.TESTING and signal is not Signal.INTERRUPT:
             tests = 0  # it came to an end, good or bad
-        return replace(self, state=state, reason=reason, tests=tests)
+        held_at = self.held_at if state is State.WAITING and reason.startswith(Why.HELD) else 0.0
+        return replace(self, state=state, reason=reason, tests=tests, held_at=held_at)
 
     def says(self, other: "Progress") -> bool:
         """Whether both tell the same of the same release: then one report is enough."""

@@ -11,6 +11,7 @@ DAY_MINUTES = 24 * 60
 MAX_SAMPLES = 10**7
 MAX_JITTER_SECONDS = 86_400
 MAX_BYTES = 2**50
+LONGEST_HOLD = 365 * 86_400  # seconds
 MAX_HOLD = 86_400  # seconds for which a program may put off an activation, where the assignment says nothing
 
 
@@ -153,7 +154,8 @@ class Assignment:
     """One model of one device. `release` None: nothing to install, keep what runs; with `stop`, run nothing.
 
     `stop` is the model's policy for when nothing may run. Beside a release it is heeded where that one cannot run here
-    and CI no longer lists what does. `length` and `sha256` are those of the manifest; they stand in the TUF target
+    and CI no longer lists what does. `forgive`: a device that quarantined the release under another rollout tries it
+    once more. `length` and `sha256` are those of the manifest; they stand in the TUF target
     itself, not in `custom`.
     """
 
@@ -169,6 +171,7 @@ class Assignment:
     stop: bool = False
     conditions: Conditions = NO_CONDITIONS
     max_hold: int = MAX_HOLD
+    forgive: bool = False
 
     def to_custom(self) -> dict[str, Any]:
         """The TUF `custom` object. Signed, hence without fractions: they stand as text."""
@@ -185,6 +188,8 @@ class Assignment:
             optional["conditions"] = conditions
         if self.max_hold != MAX_HOLD:
             optional["max_hold"] = self.max_hold
+        if self.forgive:
+            optional["forgive"] = True
         return custom | optional
 
     @classmethod
@@ -207,5 +212,6 @@ class Assignment:
             sampling=None if sampling is None else Sampling.parse(sampling),
             stop=fields.take_bool(item, "stop"),
             conditions=Conditions.parse(item.get("conditions", {})),
-            max_hold=fields.take_int(item, "max_hold", high=365 * 86_400, default=MAX_HOLD),
+            max_hold=fields.take_int(item, "max_hold", high=LONGEST_HOLD, default=MAX_HOLD),
+            forgive=fields.take_bool(item, "forgive"),
         )

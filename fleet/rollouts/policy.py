@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from device_sdk.protocol.assignment import ALWAYS, NO_CONDITIONS, Assignment, Conditions, Probation, Window
+from device_sdk.protocol.assignment import ALWAYS, MAX_HOLD, NO_CONDITIONS, Assignment, Conditions, Probation, Window
 from device_sdk.protocol.cohorts import COHORTS, cohort
 from device_sdk.protocol.names import ReleasePath
 from fleet.rollouts.stages import (
@@ -72,6 +72,8 @@ class RolloutRules:
     window: Window = ALWAYS
     probation: Probation = field(default_factory=Probation)
     conditions: Conditions = NO_CONDITIONS
+    max_hold: int = MAX_HOLD
+    forgive: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -245,5 +247,7 @@ def _assign(
         window=rollout.window if rollout else ALWAYS,
         probation=rollout.probation if rollout else Probation(),
         conditions=rollout.conditions if rollout else NO_CONDITIONS,
+        max_hold=rollout.max_hold if rollout else MAX_HOLD,
+        forgive=rollout.forgive if rollout else False,
         stop=stop,
     )

@@ -15,7 +15,7 @@ from django.db import transaction
 from django.utils import timezone
 
 from device_sdk.protocol import events as wire
-from device_sdk.protocol.assignment import Conditions, Probation, Window
+from device_sdk.protocol.assignment import MAX_HOLD, Conditions, Window
 from device_sdk.protocol.errors import ProtocolError
 from fleet.audit import services as audit
 from fleet.devices import services as devices
@@ -27,6 +27,7 @@ from fleet.releases.deltas import services as deltas
 from fleet.releases.models import Release
 from fleet.rollouts import policy, selectors, snapshots
 from fleet.rollouts.models import Outcome, Rollout, RolloutAction, Stage
+from fleet.rollouts.terms import watch
 
 START, PAUSE, RESUME, CANCEL, ROLL_BACK = "start", "pause", "resume", "cancel", "roll_back"
 CREATE, ADVANCE, COMPLETE, HALT = "create", "advance", "complete", "halt"
@@ -83,8 +84,10 @@ def create(  # noqa: PLR0913  # a rollout has so many terms
     window: Mapping[str, int] | None = None,
     probation: Mapping[str, float] | None = None,
     conditions: Mapping[str, Any] | None = None,
+    max_hold: int = MAX_HOLD,
+    forgive: bool = False,
 ) -> Rollout:
-    """Draft a rollout of a valid release. `group` None: every device. The last three are as on the wire."""
+    """Draft a rollout of a valid release. `group` None: every device. The last five are as on the wire."""
     _check_release(release)
     _check_stages(stages)
     if on_failure not in Rollout.OnFailure.values:
@@ -96,8 +99,10 @@ def create(  # noqa: PLR0913  # a rollout has so many terms
         on_failure=on_failure,
         urgent=urgent,
         window=_checked_window(window),
-        probation=_checked_probation(probation),
+        probation=watch.checked_probation(probation),
         conditions=_checked_conditions(conditions),
+        max_hold=watch.checked_max_hold(max_hold),
+        forgive=forgive,
         created_by=actor if isinstance(actor, User) else None,
     )
     Stage.objects.bulk_create([Stage(rollout=rollout, index=i, **asdict(plan)) for i, plan in enumerate(stages)])
@@ -110,6 +115,8 @@ def create(  # noqa: PLR0913  # a rollout has so many terms
         "window": rollout.window,
         "probation": rollout.probation,
         "conditions": rollout.conditions,
+        "max_hold": max_hold,
+        "forgive": forgive,
     }
     _log(rollout.pk, CREATE, actor, "", plan)
     return rollout
@@ -415,13 +422,6 @@ def _checked_conditions(conditions: Mapping[str, Any] | None) -> dict[str, Any]:
         raise Invalid("malformed", f"conditions: unknown: {', '.join(sorted(unknown)):.200}")
     try:
         return Conditions.parse(dict(conditions or {})).to_json()
-    except ProtocolError as error:
-        raise Invalid(error.code, error.message) from error
-
-
-def _checked_probation(probation: Mapping[str, float] | None) -> dict[str, float]:
-    try:
-        return asdict(Probation.parse({**asdict(Probation()), **probation})) if probation else {}
     except ProtocolError as error:
         raise Invalid(error.code, error.message) from error
 

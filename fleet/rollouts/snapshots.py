@@ -81,6 +81,8 @@ def rules_of(rollout: Rollout) -> policy.RolloutRules | None:
             window=Window.parse(rollout.window) if rollout.window else ALWAYS,
             probation=Probation.parse(rollout.probation) if rollout.probation else Probation(),
             conditions=Conditions.parse(rollout.conditions),
+            max_hold=rollout.max_hold,
+            forgive=rollout.forgive,
         )
     except (ProtocolError, KeyError) as error:
         logger.error("rollout_malformed", rollout=rollout.pk, error=str(error))  # noqa: TRY400  # no traceback each poll

@@ -40,7 +40,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 from cryptography.x509.oid import NameOID
 
-from device_sdk import client, publish
+from device_sdk import enrolment, publish
 from device_sdk.protocol.polls import EVENTS, POLL, Bundle
 from tests.attacks import ATTACKED
 from tests.live import ROOT, LiveServer
@@ -275,7 +275,7 @@ class Shop:
         home.mkdir(mode=0o700)
         provision = json.loads(self.provision.read_text())
         (home / "provision.json").write_text(json.dumps({**provision, "server": server or self.server.url}))
-        assert client.enrol(home, name) == "active"
+        assert enrolment.enrol(home, name) == "active"
         return home
 
     def ask(self, home: Path, *, root: int = 0) -> Bundle:
