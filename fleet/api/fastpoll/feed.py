@@ -79,7 +79,7 @@ class Feed:
         if news is None:
             self._load()
         else:
-            self._read_on(news, time.time())
+            self._read_on(news)
         self.good_until = started + STALE_SECONDS
 
     def _load(self) -> None:
@@ -95,14 +95,14 @@ class Feed:
         self.table, self._position, self._loaded = table, position, True
         logger.info("fast_poll_loaded", devices=table.devices, revision=position.revision)
 
-    def _read_on(self, news: changes.News, now: float) -> None:
+    def _read_on(self, news: changes.News) -> None:
         """1. what holds for all, where it changed, a campaign ended, or the online key's file says something else
         2. the devices that changed, have a new view, or asked in vain; running sets that were asked for
         """
         table, wanted, runs = self.table, self.wanted, self.wanted_runs
         self.wanted, self.wanted_runs = set(), set()
         world = table.world
-        if news.policy or world is None or _is_over(world, now) or inputs.of_trust(self._trusted) != world.trust:
+        if news.policy or world is None or _is_over(world) or inputs.of_trust(self._trusted) != world.trust:
             self._lead(table, ())
             self._adopt(table)
         for chunk in _chunks(sorted(news.devices | wanted | self._viewed())):
@@ -188,8 +188,9 @@ def _is_json(name: str) -> bool:
     return isinstance(Device._meta.get_field(name), JSONField)  # noqa: SLF001  # documented all the same
 
 
-def _is_over(world: World, now: float) -> bool:
+def _is_over(world: World) -> bool:
     """Whether a campaign has ended since."""
+    now = timezone.now().timestamp()
     return any(sampling.expires <= now for sampling in world.sampling.values())
 
 
