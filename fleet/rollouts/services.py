@@ -19,6 +19,7 @@ from device_sdk.protocol.assignment import MAX_HOLD, Conditions, Window
 from device_sdk.protocol.errors import ProtocolError
 from fleet.audit import services as audit
 from fleet.devices import services as devices
+from fleet.devices.changes import device_changed
 from fleet.devices.models import Device, Group, ModelStatus
 from fleet.devices.selectors import members, version_of
 from fleet.errors import Conflict, Invalid
@@ -233,6 +234,7 @@ def note_events(device: Device, events: Sequence[wire.Event]) -> None:
     _store(outcomes.values())
     if _failures(outcomes.values()) > failures:
         wake_engine()
+        device_changed(device.pk)
 
 
 def wake_engine() -> None:
