@@ -399,17 +399,28 @@ def end_plainly() -> None:
         libc.on_exit(libc._exit, None)  # noqa: SLF001  the C function's name
 
 
-def load(manifest: Manifest, *, sha256: str, entry: bytes | Path, options: RuntimeOptions) -> Loaded:
+def load(
+    manifest: Manifest,
+    *,
+    sha256: str,
+    entry: bytes | Path,
+    options: RuntimeOptions,
+    exam: Callable[[Any, Schema], None] | None = None,
+) -> Loaded:
     """Make a session of a verified release and prove that it answers as its manifest says. Raises ModelError.
 
-    `entry`: the verified bytes of the model file, or its path where external data lies beside it.
+    `entry`: the verified bytes of the model file, or its path where external data lies beside it. `exam` asks the
+    session what the release's makers would have it asked, and warms it up by that; without one it is asked zeros.
     """
     _warn_of_old_runtime()
-    session = _make_session(entry, options)
-    schema = Schema(_specs(session.get_inputs()), _specs(session.get_outputs()))
+    session = make_session(entry, options)
+    schema = Schema(specs(session.get_inputs()), specs(session.get_outputs()))
     _check_signed(schema.inputs, manifest.inputs, "input")
     _check_signed(schema.outputs, manifest.outputs, "output")
-    _warm_up(session, schema, manifest)
+    if exam is None:
+        _warm_up(session, schema, manifest)
+    else:
+        exam(session, schema)
     return Loaded(sha256=sha256, path=manifest.path, session=session, schema=schema)
 
 
@@ -460,7 +471,7 @@ def _failure(
     cell.calls += 1
     cell.errors += 1
     slot.alarm()
-    return ModelError(f"{loaded.path}: {complaint or _first_line(error)}")
+    return ModelError(f"{loaded.path}: {complaint or first_line(error)}")
 
 
 def _is_valid(value: Any) -> bool:
@@ -476,16 +487,17 @@ def _is_valid(value: Any) -> bool:
     return bool(np.isfinite(value).all())
 
 
-def _make_session(entry: bytes | Path, options: RuntimeOptions) -> Any:
+def make_session(entry: bytes | Path, options: RuntimeOptions) -> Any:
+    """Raises ModelError `load_failed`, `memory_limit`."""
     source: bytes | str = entry if isinstance(entry, bytes) else str(entry)
     try:
         return onnxruntime.InferenceSession(source, options.make(), providers=list(options.providers))
     except Exception as error:
         code = MEMORY_LIMIT if is_starved(str(error) or repr(error)) else "load_failed"
-        raise ModelError(f"does not load: {_first_line(error)}", code=code) from error
+        raise ModelError(f"does not load: {first_line(error)}", code=code) from error
 
 
-def _specs(arguments: Sequence[Any]) -> dict[str, TensorSpec]:
+def specs(arguments: Sequence[Any]) -> dict[str, TensorSpec]:
     """What a session says of its tensors. Kinds other than tensors (sequences, maps) keep onnxruntime's word."""
     return {
         argument.name: TensorSpec(argument.name, _dtype(argument.type), tuple(argument.shape or ()))
@@ -533,7 +545,7 @@ def _warm_up(session: Any, schema: Schema, manifest: Manifest) -> None:
         except ModelError:
             raise
         except Exception as error:
-            problem = _first_line(error)
+            problem = first_line(error)
             if is_starved(str(error) or repr(error)):  # whatever the sizes: what it asks for is not to be had
                 raise ModelError(f"does not answer: {problem}", code=MEMORY_LIMIT) from error
     if problem and not invented:
@@ -579,7 +591,8 @@ def _shown(spec: TensorSpec) -> str:
     return f"{spec.name}: {_dtype(spec.dtype)} [{sizes}]"
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
+    """What an error of onnxruntime's says, or its name."""
     return (str(error).strip() or type(error).__name__).splitlines()[0][:300]
 
 

@@ -26,8 +26,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from device_sdk.protocol.arrays.npy import Array
 from fleet.errors import Invalid
-from fleet.feedback.parsing import Array, Sample
+from fleet.feedback.parsing import Sample
 
 FOLDER = "datasets"
 PARTS_PER_BATCH = 400  # days x versions x signatures: a year of an idle device, but not a file for each sample
