@@ -256,9 +256,9 @@ def judge(fleet: Fleet) -> None:
     fleet._worker.poller.report()
 
 
-def answer(fleet: Fleet) -> float:
+def answer(fleet: Fleet, model: str = "detector") -> float:
     """The factor of the release that answers now."""
-    return float(fleet.model("detector").run({"x": np.ones((1, 4), np.float32)})["y"][0, 0])
+    return float(fleet.model(model).run({"x": np.ones((1, 4), np.float32)})["y"][0, 0])
 
 
 def _json(value: dict[str, Any]) -> Answer:
