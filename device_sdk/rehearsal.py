@@ -96,7 +96,7 @@ def rehearse(
         raise
     if took > budget > 0:
         raise ModelError(
-            f"it takes {took / limits.MIB:.0f} MiB; expected at most {budget / limits.MIB:.0f}", code=LARGE
+            f"it takes {took / limits.MIB:.0f} MiB of memory; expected at most {budget / limits.MIB:.0f}", code=LARGE
         )
     log.info("%s passed its test in %.1f s", files.manifest.path, time.monotonic() - started)
     return took

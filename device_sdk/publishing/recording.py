@@ -71,7 +71,7 @@ def record(model: Path, wanted: Wanted) -> Acceptance:
         from device_sdk.acceptance import Exam
     except ImportError as error:
         raise SetupError("--accept runs the model, which needs onnxruntime on this machine") from error
-    session = _session(model, runtime)
+    session = runtime.make_session(model, runtime.RuntimeOptions())
     schema = runtime.Schema(runtime.specs(session.get_inputs()), runtime.specs(session.get_outputs()))
     feeds = [feed for path in wanted.samples for feed in _calls(path, schema.inputs, wanted.batch)]
     if not 1 <= len(feeds) <= limits.ACCEPTANCE_SAMPLES:
@@ -81,7 +81,7 @@ def record(model: Path, wanted: Wanted) -> Acceptance:
     bundle = Acceptance(_answers(session, list(schema.outputs), feeds), tolerance, own, wanted.budgets)
     exam = Exam(_reread(bundle), timed=True, judged=False)
     try:
-        exam(_session(model, runtime), schema)
+        exam(session, schema)  # the same: dice fall alike in a new one
     except ModelError as error:
         raise SetupError(f"--accept: the model does not answer twice alike: {error}") from error
     _tell(bundle, exam.latency_ms)
@@ -93,10 +93,6 @@ def _reread(bundle: Acceptance) -> Acceptance:
     if len(data) > limits.ACCEPTANCE:
         raise SetupError(f"--accept: expected at most {limits.ACCEPTANCE:,} bytes of bundle; got {len(data):,}")
     return Acceptance.parse(data)
-
-
-def _session(model: Path, runtime: Any) -> Any:
-    return runtime.make_session(model, runtime.RuntimeOptions())
 
 
 def _calls(path: Path, inputs: Mapping[str, TensorSpec], batch: int) -> list[dict[str, Array]]:

@@ -60,7 +60,7 @@ def examine(manifest: Manifest) -> Finding:
         inputs=[_numpy(item) for item in answer["inputs"]],
         outputs=[_numpy(item) for item in answer["outputs"]],
         opset=answer["opset"],
-        acceptance=answer["acceptance"],
+        acceptance=answer.get("acceptance", {}),
     )
     reason = _differs("inputs", manifest.inputs, finding.inputs) or _differs(
         "outputs", manifest.outputs, finding.outputs

@@ -7,8 +7,8 @@ batch. numpy opens it as an `.npz`. It is one of the files that the signed manif
      "memory": 268435456, "samples": [{"inputs": {name: "t0.npy"}, "outputs": {name: "t1.npy"}}, …]}
 
 `latency_ms` and `memory` (bytes) are budgets; 0: none. Floats may be off by `atol + rtol * |expected|`, NaN is expected
-where NaN was recorded, and text, truth values and whole numbers are the same or wrong, but for outputs under
-`tolerances`.
+where NaN was recorded, and text, truth values and whole numbers are the same or wrong, but for numbers of an output
+under `tolerances`.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -106,8 +106,8 @@ class Acceptance:
         tensors: list[bytes] = []
 
         def kept(arrays: Arrays) -> dict[str, str]:
-            names = {name: f"t{len(tensors) + at}.npy" for at, name in enumerate(arrays)}
-            tensors.extend(npy.to_bytes(each) for each in arrays.values())
+            names = {name: f"t{len(tensors) + at}.npy" for at, name in enumerate(sorted(arrays))}
+            tensors.extend(npy.to_bytes(arrays[name]) for name in names)
             return names
 
         samples = [{"inputs": kept(each.inputs), "outputs": kept(each.outputs)} for each in self.samples]
@@ -124,7 +124,8 @@ class Acceptance:
             return _read(cls, archive)
 
     def _tolerance(self, name: str, expected: Array) -> Tolerance:
-        return self.tolerances.get(name, self.tolerance if expected.dtype.kind == "f" else EXACT)
+        usual = self.tolerance if expected.dtype.kind == "f" else EXACT
+        return EXACT if expected.dtype.kind in "Ub" else self.tolerances.get(name, usual)
 
     def _terms(self) -> dict[str, Any]:
         own = {name: each.to_json() for name, each in self.tolerances.items()}
