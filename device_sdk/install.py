@@ -9,7 +9,8 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
-from device_sdk import runtime
+from device_sdk import acceptance, runtime
+from device_sdk.acceptance import Exam
 from device_sdk.counts import Counts
 from device_sdk.download import Fetched
 from device_sdk.errors import (
@@ -26,6 +27,7 @@ from device_sdk.ledger import Done, Ledger
 from device_sdk.peers import Seen, Served, total
 from device_sdk.probes import IDLE, Probes
 from device_sdk.protocol import events, limits
+from device_sdk.protocol.arrays.acceptance import Acceptance
 from device_sdk.protocol.assignment import Assignment, Probation
 from device_sdk.protocol.manifest import Manifest
 from device_sdk.rehearsal import Rules, free_memory, rehearse
@@ -162,6 +164,7 @@ class Installer:
         self._unloaded: str | None = None  # what was, to make room, and is to come back if nothing else does
         self._held_since: tuple[str, float] | None = None  # which release the program puts off, since when (monotonic)
         self._held_at = 0.0  # the same in unix seconds, which a restart survives
+        self._found: dict[str, float | str] = {}  # what the acceptance bundle of the release under test showed
         self._since = 0.0  # when the trial began to serve, monotonic
 
     @property
@@ -304,8 +307,10 @@ class Installer:
 
     def _follow_to(self, told: Served) -> None:
         try:
-            self._make_room(self._store.manifest(told.sha256))
-            loaded = self._load(told.sha256)
+            manifest = self._store.manifest(told.sha256)
+            bundle = self._bundle(manifest) if told.trial else None  # its providers may be others than the updater's
+            self._make_room(manifest)
+            loaded = self._load(told.sha256, Exam(bundle, seconds=acceptance.WARM_SECONDS) if bundle else None)
             self.slot.publish(loaded)
         except ModelError as error:
             self.failure = Seen(told.sha256, failure=error.code)
@@ -412,7 +417,7 @@ class Installer:
         if hold := self._condition(verified):
             self._tell_once(Signal.HOLD, hold)
             return LOOK_SECONDS
-        if self._store.has(assignment.sha256) and (hold := self._held(assignment)):
+        if self._store.has_all(assignment.sha256) and (hold := self._held(assignment)):
             self._tell_once(Signal.HOLD, hold, held_at=self._held_at)
             return WATCH_SECONDS
         return self._install(verified)
@@ -519,7 +524,7 @@ class Installer:
 
     def _missing(self, manifest: Manifest | None) -> int:
         """Bytes of the release that are not here."""
-        files = [file for file in manifest.files if not self._store.has_blob(file)] if manifest else []
+        files = [file for file in manifest.fetched if not self._store.has_blob(file)] if manifest else []
         return sum(max(file.length - self._store.partial_length(file.sha256), 0) for file in files)
 
     def _told_the_end(self, assignment: Assignment) -> bool:
@@ -607,14 +612,15 @@ class Installer:
         if sha != assignment.sha256:
             raise UntrustedError(f"manifest: expected {assignment.sha256}; got {sha}", code="hash_mismatch")
         self._began_at, self._brought = None, 0
-        fetched = Fetched() if self._store.has(sha) else self._parts.fetch(manifest, self._go_on)
+        fetched = Fetched() if self._store.has_all(sha) else self._parts.fetch(manifest, self._go_on)
         self._signal(Signal.DOWNLOADED, detail=fetched.detail())
         if hold := self._held(assignment):
             self._tell_once(Signal.HOLD, hold, held_at=self._held_at)
             return
+        self._found = {}
         loaded = self._test(sha)
         self._go_on()
-        self._signal(Signal.TESTED)
+        self._signal(Signal.TESTED, detail=self._found)
         self.note_counts()
         self._store.begin_trial(self.model, sha, starts=1)
         self._serve(loaded, on_trial=True)
@@ -629,10 +635,24 @@ class Installer:
             self._signal(Signal.VERIFIED)
             if self.progress.tests > MAX_TESTS:
                 raise ModelError("its test took the process down", code=Why.CRASHED_IN_TEST)
+            bundle = self._bundle(files.manifest)
             self._make_room(files.manifest)
+            took = None
             if self._parts.rehearsal is not None:
-                rehearse(files, options=self._parts.options, rules=self._parts.rehearsal, go_on=self._go_on)
-            return self._make(sha, files)
+                rules = self._parts.rehearsal
+                took = rehearse(files, options=self._parts.options, rules=rules, go_on=self._go_on, bundle=bundle)
+            if bundle is None:
+                return self._make(sha, files)
+            # Latency is measured here: with the threads, the options and the company that the release will have.
+            seconds = None if took is None else acceptance.WARM_SECONDS
+            exam = Exam(bundle, seconds=seconds, timed=True, go_on=self._go_on)
+            loaded = self._make(sha, files, exam)
+            self._found = _passed(exam, took)
+            return loaded
+
+    def _bundle(self, manifest: Manifest) -> Acceptance | None:
+        entry = manifest.acceptance
+        return None if entry is None else acceptance.read(self._store.read_blob(entry))
 
     def _go_on(self, come: Come | None = None) -> None:
         """Called by the download and by the test: stop it when nobody wants it any more, or not now."""
@@ -672,7 +692,7 @@ class Installer:
             self._store.reject(self.model, sha, error.code, self.progress.rollout)
         except StorageError as full:
             log.warning("%s: %s could not be marked: %s", self.model, sha, full)
-        self._signal(Signal.FAIL, error.code, detail={"message": str(error)[:200]})
+        self._signal(Signal.FAIL, _told(error), detail={"message": str(error)[:200]})
 
     # Probation
 
@@ -821,13 +841,13 @@ class Installer:
 
     # Parts
 
-    def _load(self, sha: str) -> Loaded:
+    def _load(self, sha: str, exam: Exam | None = None) -> Loaded:
         with self._store.open(sha) as files:
-            return self._make(sha, files)
+            return self._make(sha, files, exam)
 
-    def _make(self, sha: str, files: LoadedFiles) -> Loaded:
+    def _make(self, sha: str, files: LoadedFiles, exam: Exam | None = None) -> Loaded:
         entry = files.entry_path if files.entry_bytes is None else files.entry_bytes
-        loaded = runtime.load(files.manifest, sha256=sha, entry=entry, options=self._parts.options)
+        loaded = runtime.load(files.manifest, sha256=sha, entry=entry, options=self._parts.options, exam=exam)
         loaded.before = self._parts.ledger.get(self.model, sha)
         return loaded
 
@@ -854,6 +874,16 @@ _NONE = "0" * 64
 def _named(why: Why, error: DeviceError) -> str:
     """A reason that says more, where the error does: `network: too_slow`."""
     return why if error.code == type(error).code else f"{why}: {error.code}"
+
+
+def _told(error: ModelError) -> str:
+    """What a release's makers asked of it is not on any page: the reason says what was expected, and what came."""
+    return f"{error.code}: {error}"[:300] if error.code in acceptance.CODES else error.code
+
+
+def _passed(exam: Exam, took: int | None) -> dict[str, float | str]:
+    memory = {"memory": float(took)} if took else {}
+    return {"accepted": float(exam.asked), "latency_ms": round(exam.latency_ms, 3), **memory}
 
 
 def _nothing() -> None:

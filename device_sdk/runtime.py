@@ -65,19 +65,30 @@ def end_plainly() -> None:
         libc.on_exit(libc._exit, None)  # noqa: SLF001  the C function's name
 
 
-def load(manifest: Manifest, *, sha256: str, entry: bytes | Path, options: RuntimeOptions) -> Loaded:
+def load(
+    manifest: Manifest,
+    *,
+    sha256: str,
+    entry: bytes | Path,
+    options: RuntimeOptions,
+    exam: Callable[[Any, Schema], None] | None = None,
+) -> Loaded:
     """Make a session of a verified release and prove that it answers as its manifest says. Raises ModelError.
 
-    `entry`: the verified bytes of the model file, or its path where external data lies beside it.
+    `entry`: the verified bytes of the model file, or its path where external data lies beside it. `exam` asks the
+    session what the release's makers would have it asked, and warms it up by that; without one it is asked zeros.
     """
     _warn_of_old_runtime()
-    session = _make_session(entry, options)
+    session = make_session(entry, options)
     schema = Schema(specs_of(session.get_inputs()), specs_of(session.get_outputs()))
     check_signed(schema.inputs, manifest.inputs, "input")
     check_signed(schema.outputs, manifest.outputs, "output")
     if manifest.scores and manifest.scores.output not in schema.outputs:
         raise ModelError(f"scores: the model has no output {manifest.scores.output!r}", code="schema")
-    _warm_up(session, schema, manifest)
+    if exam is None:
+        _warm_up(session, schema, manifest)
+    else:
+        exam(session, schema)
     loaded = Loaded(
         sha256=sha256, path=manifest.path, session=session, schema=schema, scores=manifest.scores, asked=options.names
     )
@@ -86,7 +97,8 @@ def load(manifest: Manifest, *, sha256: str, entry: bytes | Path, options: Runti
     return loaded
 
 
-def _make_session(entry: bytes | Path, options: RuntimeOptions) -> Any:
+def make_session(entry: bytes | Path, options: RuntimeOptions) -> Any:
+    """Raises ModelError `load_failed`, `memory_limit`."""
     source: bytes | str = entry if isinstance(entry, bytes) else str(entry)
     try:
         return onnxruntime.InferenceSession(source, options.make(), providers=options.available())

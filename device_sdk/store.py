@@ -297,6 +297,11 @@ class Store:
         manifest = self._try_manifest(sha)
         return manifest is not None and all(self.has_blob(file) for file in manifest.files)
 
+    def has_all(self, sha: str) -> bool:
+        """As `has`, and the acceptance bundle too: without it a release may run, but is not tried."""
+        manifest = self._try_manifest(sha)
+        return manifest is not None and all(self.has_blob(file) for file in manifest.fetched)
+
     def has_blob(self, file: FileEntry) -> bool:
         try:
             status = os.lstat(self._blobs / file.sha256)
@@ -311,6 +316,18 @@ class Store:
         except OSError:
             return None
         return status.st_size if stat.S_ISREG(status.st_mode) else None
+
+    def blob(self, sha: str) -> Path:
+        """Where a blob lies. Whoever reads it hashes what they read."""
+        return self._blobs / check_sha256(sha, "blob")
+
+    def read_blob(self, file: FileEntry) -> bytes:
+        """A small file, hashed just now. One that was changed is deleted, so that it is fetched again."""
+        with self._lock, _storage_errors(f"read {file.name}"):
+            data = self._read(self.blob(file.sha256), file.length)
+            if digest(data) != file.sha256:
+                self._drop(file, digest(data))
+            return data
 
     def open_blob(self, sha: str) -> BinaryIO:
         """A blob to read from. Not hashed: whatever is made of it must be."""
@@ -419,7 +436,7 @@ class Store:
         with self._lock, _storage_errors("collect garbage"):
             kept = self._kept()
             blobs = {f.sha256 for sha in kept for f in self._files_of(sha)}
-            expected = blobs | {file.sha256 for manifest in wanted for file in manifest.files}
+            expected = blobs | {file.sha256 for manifest in wanted for file in manifest.fetched}
             self._sweep(self._blobs, expected)
             self._sweep(self._incoming, {f"{sha}.part" for sha in expected | self._spared})
             marks = {name for name in self._ops.names(self._manifests) if name.endswith(".bad")}
@@ -501,7 +518,7 @@ class Store:
 
     def _files_of(self, sha: str) -> tuple[FileEntry, ...]:
         manifest = self._try_manifest(sha)
-        return manifest.files if manifest else ()
+        return manifest.fetched if manifest else ()
 
     def _is_sound(self, sha: str) -> bool:
         manifest = self._try_manifest(sha)

@@ -54,7 +54,7 @@ class VariantSerializer(serializers.ModelSerializer[Variant]):
         model = Variant
         fields = (
             "name", "manifest_sha256", "state", "reason", "inputs", "outputs", "opset", "size", "validated_at",
-            "metadata", "attachments",
+            "acceptance", "metadata", "attachments",
         )  # fmt: skip
 
     @extend_schema_field(serializers.DictField(child=serializers.CharField()))

@@ -250,7 +250,7 @@ def _same(release: Release, offers: Sequence[_Offer]) -> Release:
 def _artifacts(offers: Sequence[_Offer]) -> dict[str, Artifact]:
     named: list[FileEntry | Attachment] = []
     for offer in offers:
-        named += [*offer.manifest.files, *offer.manifest.attachments]
+        named += [*offer.manifest.fetched, *offer.manifest.attachments]
     files = {item.sha256: item for item in named}
     found = Artifact.objects.in_bulk(list(files))
     for sha256, file in files.items():
@@ -340,7 +340,7 @@ def _create_variant(release: Release, offer: _Offer, artifacts: Mapping[str, Art
         manifest_length=length,
         size=offer.manifest.length,
     )
-    variant.artifacts.set({artifacts[file.sha256] for file in offer.manifest.files})
+    variant.artifacts.set({artifacts[file.sha256] for file in offer.manifest.fetched})
     return variant
 
 
@@ -372,6 +372,7 @@ def _note(variant: Variant, finding: validation.Finding) -> bool:
             inputs=finding.inputs,
             outputs=finding.outputs,
             opset=finding.opset,
+            acceptance=finding.acceptance,
             validated_at=timezone.now(),
             claimed_at=None,
         )
