@@ -11,12 +11,14 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table as RichTable
 
-from tests.survival import store
+from tests.survival import field, store, week
 from tests.survival.outcome import Step, Table
 
 Section = Callable[[Path, Step], Iterator[Table]]
 SECTIONS: dict[str, tuple[Section, str]] = {
     "store": (store.tables, "the store, killed, cut off and failing at each of its file operations"),
+    "field": (field.tables, "a device before the real server: the network's faults, its own, and its sudden ends"),
+    "week": (week.tables, "a week of virtual time"),
 }
 WIDTH = 170  # where the output is no terminal
 

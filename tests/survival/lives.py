@@ -5,8 +5,8 @@ another. It is put back as it was before each round; a child updates it and is k
 child starts on what the first left, and says on a line of JSON what it found, and what it runs after an update of its
 own.
 
-A doing is a change to the disk, something that is sent, and the start of a rehearsal. They are seen by an audit hook, so
-that none is left out: of the store, the journal, the outbox, trust, the spool. The children are forked before
+A doing is a change to the disk, something that is sent, or the start of a rehearsal. They are seen by an audit hook,
+so that none is left out: of the store, the journal, the outbox, trust, the spool. The children are forked before
 onnxruntime has made a session.
 """
 

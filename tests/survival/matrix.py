@@ -13,7 +13,7 @@ from copy import deepcopy
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from device_sdk.errors import StorageError, UntrustedError
+from device_sdk.errors import DeviceError, StorageError, UntrustedError
 from device_sdk.protocol.manifest import Manifest, digest
 from device_sdk.store import FileOps, ModelState, Store
 from tests.simulator import release
@@ -168,7 +168,10 @@ def verdict(course: Course, home: Path, told: Told, *, resumes: bool = True) -> 
         back = Store(home, UnsyncedOps()).current(MODEL)
         return found if back == (OLD_SHA if course.before else None) else "REJECTED RELEASE IS BACK"
     after = told.copy()
-    RECOVERY.take(store, after)
+    try:
+        RECOVERY.take(store, after)
+    except DeviceError as error:
+        return f"RECOVERY FAILED: {error.code}".upper()
     if resumes and after.began_again:
         return "DOWNLOAD BEGAN AGAIN"
     if Store(home, UnsyncedOps()).current(MODEL) != NEW_SHA:

@@ -1,8 +1,12 @@
 """What a drill found: rows that say how often each outcome came, and whether that is what was promised."""
 
+import os
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
 Step = Callable[[str], None]  # told of each thing that is tried, before it is
 
@@ -42,6 +46,14 @@ class Table:
     columns: tuple[str, ...]
     lines: Sequence[Line]
     notes: Sequence[str] = ()
+
+
+@contextmanager
+def in_memory() -> Iterator[Path]:
+    """A folder that no disk is behind, where there is one: thousands of small files are made and removed."""
+    memory = Path("/dev/shm")
+    with TemporaryDirectory(prefix="fleet-drill-", dir=memory if os.access(memory, os.W_OK) else None) as folder:
+        yield Path(folder)
 
 
 def thinned(points: Iterable[int], every: int) -> list[int]:

@@ -1,16 +1,16 @@
-"""The drill's tables of the store: kills, kills in the recovery, power losses, a failing disk, mutants, and a switch."""
+"""The drill's tables of the store: kills, kills in the recovery, power losses, failing disks, mutants, a switch."""
 
 import os
 import statistics
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from device_sdk.store import Store
 from tests.survival import matrix, mutants
 from tests.survival.matrix import MODEL, NEW, NEW_BLOBS, OLD, OLD_BLOBS
-from tests.survival.outcome import Line, Step, Table, Tried
+from tests.survival.outcome import Line, Step, Table, Tried, in_memory
 
 LEAST = {"nested": 1_000, "losses": 300, "fsync mutants": 4}  # shared/BARS.md
 SWITCHES, SWITCH_MS, OVER_DISK = 40, 5.0, 1.25
@@ -18,21 +18,26 @@ SHOWN = 5  # of broken promises
 
 
 def tables(folder: Path, step: Step) -> Iterator[Table]:
-    killed, operations = zip(*matrix.kills(folder / "kills", step=step), strict=True)
-    yield _table("Store: killed at every operation", killed, "before it, in the middle of each write, after the last")
-    yield _by_operation(operations)
-    nested = list(matrix.nested(folder / "nested", step=step))
-    yield _table("Store: killed, and again in the recovery", nested, "at each operation of it", LEAST["nested"])
-    lost = list(matrix.losses(folder / "losses", step=step))
-    what = "unsynced names lost or reordered, unsynced bytes lost, zeroed or torn; states that differ"
-    yield _table("Store: power lost", lost, what, LEAST["losses"])
-    failed = list(matrix.failures(folder / "failures", step=step))
-    yield _table("Store: disk full, failing or read-only, from any operation", failed, "told, served, then resumed")
-    yield _mutants(folder / "mutants", step)
+    with in_memory() as memory:
+        yield from _matrix(memory, step)
     yield _switch(folder / "switch", step)
 
 
-def _table(title: str, found: list[Tried] | tuple[Tried, ...], note: str, least: int = 0) -> Table:
+def _matrix(folder: Path, step: Step) -> Iterator[Table]:
+    killed, operations = zip(*matrix.kills(folder / "kills", step=step), strict=True)
+    yield table("Store: killed at every operation", killed, "before it, in the middle of each write, after the last")
+    yield _by_operation(operations)
+    nested = list(matrix.nested(folder / "nested", step=step))
+    yield table("Store: killed, and again in the recovery", nested, "at each operation of it", LEAST["nested"])
+    lost = list(matrix.losses(folder / "losses", step=step))
+    what = "unsynced names lost or reordered, unsynced bytes lost, zeroed or torn; states that differ"
+    yield table("Store: power lost", lost, what, LEAST["losses"])
+    failed = list(matrix.failures(folder / "failures", step=step))
+    yield table("Store: disk full, failing or read-only, from any operation", failed, "told, served, then resumed")
+    yield _mutants(folder / "mutants", step)
+
+
+def table(title: str, found: Sequence[Tried], note: str, least: int = 0) -> Table:
     lines = [
         Line((each.what, str(each.count), said(each.outcomes), str(len(each.broken))), not each.broken, why(each))
         for each in found
@@ -73,9 +78,7 @@ def _switch(folder: Path, step: Step) -> Table:
         disks.append((time.perf_counter() - between) * 1e3)
     ms, disk = statistics.median(ours), statistics.median(disks)
     bar = f"<= {SWITCH_MS:g} ms, or <= x {OVER_DISK:g} of what the disk takes"
-    line = Line(
-        ("median of a switch", f"{ms:.2f} ms", f"{disk:.2f} ms", bar), ms <= max(SWITCH_MS, OVER_DISK * disk)
-    )
+    line = Line(("median of a switch", f"{ms:.2f} ms", f"{disk:.2f} ms", bar), ms <= max(SWITCH_MS, OVER_DISK * disk))
     return Table("Store: one state switch", ("", "ours", "the same bytes by hand", "bar"), [line])
 
 
