@@ -3,6 +3,7 @@
 Nothing here trusts the network: a partial file is only ever a guess, until `Store.admit` has hashed all of it.
 """
 
+import logging
 import re
 import time
 from collections.abc import Callable
@@ -17,6 +18,8 @@ from device_sdk.protocol.polls import BLOBS
 from device_sdk.store import Store
 from device_sdk.traffic import BudgetError, Traffic
 from device_sdk.transport import StreamAnswer, Transport
+
+log = logging.getLogger("device_sdk")
 
 _CONTENT_RANGE = re.compile(r"bytes (\d{1,19})-(\d{1,19})/(\d{1,19}|\*)")
 
@@ -157,7 +160,15 @@ def _fetch_whole(line: _Line, file: FileEntry) -> None:
         _receive(line, file, start)
     elif file.length == 0:
         store.append(file.sha256, b"")
-    store.admit(file.sha256, file.length)
+    try:
+        store.admit(file.sha256, file.length)
+    except UntrustedError:
+        if not start:
+            raise
+        # A power loss leaves zeros in what had come: nobody is to blame before all of it came in one go.
+        log.warning("%s: what had come of it was damaged; it is fetched from its beginning", file.name)
+        _receive(line, file, 0)
+        store.admit(file.sha256, file.length)
 
 
 def _receive(line: _Line, file: FileEntry, start: int) -> None:
