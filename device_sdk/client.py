@@ -22,7 +22,7 @@ from secrets import token_hex
 from threading import RLock
 from typing import Any, Self
 
-from device_sdk import __version__
+from device_sdk import __version__, abilities
 from device_sdk.config import Home, Identity, Provision, write_durably
 from device_sdk.download import Fetched, fetch
 from device_sdk.errors import DeviceError, ModelError, SetupError, TransferError, is_retryable
@@ -371,7 +371,8 @@ class Fleet:
         )  # fmt: skip
         assert self._outbox is not None  # noqa: S101  the lock comes with one
         context = Context(
-            device=device, sdk=__version__, client=self._transport, trust=trust, outbox=self._outbox,
+            device=device, sdk=__version__, abilities=abilities.detect(options.providers), client=self._transport,
+            trust=trust, outbox=self._outbox,
             journal=self._journal, installers=self._installers, clock=options.clock, on_change=self._tell_peers,
             on_settled=self._tell_program, missed=self._board.take_drops,
         )  # fmt: skip
@@ -608,7 +609,9 @@ def enrol(
     with _setup_errors():
         provision = home.provision()
         identity = _identity(home, check_name(name, "device"))
-        request = EnrolRequest(identity.device, identity.nonce, check_labels(dict(labels or {})), __version__)
+        request = EnrolRequest(
+            identity.device, identity.nonce, check_labels(dict(labels or {})), __version__, abilities.detect()
+        )
     home.make()
     write_durably(home.identity_file, identity.to_bytes())
     client = transport or Transport(provision.server, provision.blob_hosts, provision.token)

@@ -26,6 +26,7 @@ from device_sdk.probes import IDLE, Probes
 from device_sdk.protocol import events, limits
 from device_sdk.protocol.assignment import Assignment, Probation
 from device_sdk.protocol.manifest import Manifest
+from device_sdk.protocol.versions import older
 from device_sdk.rehearsal import Rules, free_memory, rehearse
 from device_sdk.runtime import Gate, Loaded, RuntimeOptions, Slot
 from device_sdk.store import LoadedFiles, Store
@@ -42,7 +43,6 @@ from device_sdk.updater import (
     Why,
     backoff,
     judge,
-    older,
 )
 from device_sdk.uploader import local_second_of_day
 

@@ -24,8 +24,9 @@ import onnxruntime
 from device_sdk.errors import HeldError, InputError, ModelError, ModelStoppedError, NoModelError, QueueFullError
 from device_sdk.protocol.manifest import Manifest, TensorSpec
 from device_sdk.protocol.names import ReleasePath
+from device_sdk.protocol.versions import older
 from device_sdk.sampling import decide
-from device_sdk.updater import Counts, older
+from device_sdk.updater import Counts
 
 log = logging.getLogger("device_sdk")
 
