@@ -2,6 +2,7 @@
 
 import ast
 import json
+import os
 import re
 import subprocess
 import sys
@@ -70,6 +71,18 @@ def test_importing_the_sdk_alone_loads_nothing_heavy():
     assert done.returncode == 0, done.stderr
     roots = {name.partition(".")[0] for name in json.loads(done.stdout)}
     assert roots & {"onnxruntime", "numpy", "tuf", "requests", "django"} == set()
+
+
+def test_a_web_process_loads_what_only_workers_need_when_it_is_needed():
+    setup = "import django, json, sys; django.setup(); import fleet.urls; print(json.dumps(sorted(sys.modules)))"
+    environment = {**os.environ, "DJANGO_SETTINGS_MODULE": "fleet.settings"}
+    done = subprocess.run(
+        [sys.executable, "-c", setup], cwd=ROOT, env=environment, capture_output=True, text=True, check=False
+    )
+
+    assert done.returncode == 0, done.stderr
+    roots = {name.partition(".")[0] for name in json.loads(done.stdout)}
+    assert roots & {"pyarrow", "numpy", "onnx", "onnxruntime"} == set()
 
 
 @pytest.mark.parametrize("path", PURE, ids=lambda path: str(path.relative_to(ROOT)))

@@ -487,6 +487,10 @@ class Device:
         self.comes_to(lambda: "refuses what it is sent" not in self.page(), "its page shows that it is over")
         self._mark = len(self.logged())
 
+    def settles(self) -> None:
+        """It runs what the server has for it: a row with a device of its own rolls out to every device of the model."""
+        self.runs(float(self.shop.assigned(self.honest(), self.name).partition(".")[0]))
+
     def runs(self, factor: float) -> None:
         """It answers by the release of `factor`, and has committed it."""
         version = f"{factor:.0f}.0.0/default"
