@@ -117,9 +117,11 @@ def chips(labels: Iterable[str]) -> str:
     return SafeString(" ".join(parts)) if parts else "-"
 
 
+def selector(text: str) -> str:
+    """A label selector as it is written."""
+    return format_html('<code class="fleet-code">{}</code>', text) if text else "every device"
+
+
 def label_chips(labels: dict[str, Any]) -> str:
-    """`site=north` tags of a label mapping, or of a selector (a list of allowed values)."""
-    return chips(
-        f"{key}={'|'.join(map(str, value)) if isinstance(value, list) else value}"
-        for key, value in sorted(labels.items())
-    )
+    """`site=north` tags of a label mapping."""
+    return chips(f"{key}={value}" for key, value in sorted(labels.items()))

@@ -6,6 +6,7 @@ from drf_spectacular.utils import extend_schema_field
 from rest_framework import serializers
 
 from device_sdk.protocol.assignment import MAX_BYTES
+from fleet.devices import selection
 from fleet.devices.models import Device, DeviceEvent, Group, ModelStatus
 from fleet.feedback.models import Batch, Campaign
 from fleet.releases import selectors as release_selectors
@@ -117,11 +118,10 @@ class EventSerializer(serializers.ModelSerializer[DeviceEvent]):
 
 
 class GroupSerializer(serializers.ModelSerializer[Group]):
-    selector = serializers.DictField(
-        child=serializers.ListField(child=serializers.CharField()),
-        default=dict,
-        help_text="label to its allowed values; empty: every device",
-    )
+    selector = serializers.CharField(
+        default="", allow_blank=True, max_length=selection.TEXT_CHARS,
+        help_text="such as `site in (berlin, hamburg), hw=jetson, !lab`; empty: every device",
+    )  # fmt: skip
 
     class Meta:
         model = Group

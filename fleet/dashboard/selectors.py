@@ -37,6 +37,7 @@ REASONS = {  # of `rollouts.selectors`, for people
     rollouts.FAILED_THERE: "failed",
     rollouts.PAUSED: "rollout paused",
     rollouts.NOT_ADMITTED: "later stage",
+    rollouts.LACKS: "lacks what it needs",
     rollouts.WAITING: "waiting",
     rollouts.UPDATING_NOW: "updating",
     rollouts.UNSEEN: "not polled yet",

@@ -229,7 +229,7 @@ class GroupAdmin(ModelAdmin):  # type: ignore[misc]  # unfold ships no types
 
     @display(description="Chosen by")
     def chosen_by(self, group: Group) -> str:
-        return presentation.label_chips(group.selector) if group.selector else "every device"
+        return presentation.selector(group.selector)
 
 
 @admin.register(EnrolmentToken)

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from device_sdk.protocol.assignment import Assignment
 from device_sdk.protocol.names import ReleasePath
 from fleet.devices.selection import Selector
-from fleet.rollouts import policy
 from fleet.rollouts.facts import COMPLETED, IN_FORCE, PAUSED, DeviceFacts, RolloutRules, Snapshot
+from fleet.rollouts.policy import desired, in_a_ring, is_excluded, pinned_assignment, reaches, runs_release
 from fleet.rollouts.variants import way_to
 
 ADMITS, NOT_IN_FORCE, NOT_IN_GROUP, EXCLUDED = "admits", "not_in_force", "not_in_group", "excluded"
@@ -56,7 +56,7 @@ def _explain(snapshot: Snapshot, device: DeviceFacts, model: str) -> Explanation
     stop = model in snapshot.stops
     runs = device.runs.get(model, "")
     if model in device.pins:
-        assignment = policy.pinned_assignment(model, device, stop=stop)
+        assignment = pinned_assignment(model, device, stop=stop)
         return Explanation(model, runs, assignment, BY_PIN, _pinned(device, model, assignment), tuple(told))
     place = next((place for place, each in enumerate(told) if each.why == ADMITS), None)
     if place is None:
@@ -70,7 +70,7 @@ def _explain(snapshot: Snapshot, device: DeviceFacts, model: str) -> Explanation
 
 def _given(snapshot: Snapshot, device: DeviceFacts, rollout: RolloutRules) -> Assignment:
     alone = Snapshot({rollout.release.model: [rollout]}, snapshot.stops)
-    return policy.desired(alone, device)[rollout.release.model]
+    return desired(alone, device)[rollout.release.model]
 
 
 def _consider(rollout: RolloutRules, device: DeviceFacts) -> Considered:
@@ -92,7 +92,7 @@ def _not_meant(rollout: RolloutRules, device: DeviceFacts) -> tuple[str, str] | 
         return NOT_IN_FORCE, f"it is {rollout.state.replace('_', ' ')}"
     if not rollout.selector.matches(device.labels, device.name):
         return NOT_IN_GROUP, f"its group is {rollout.selector}"
-    if policy.is_excluded(rollout, device.labels, device.name):
+    if is_excluded(rollout, device.labels, device.name):
         return EXCLUDED, f"it excludes {_matching(rollout.excludes, device)}"
     return None
 
@@ -106,9 +106,9 @@ def _not_possible(rollout: RolloutRules, device: DeviceFacts) -> tuple[str, str]
 
 
 def _not_yet(rollout: RolloutRules, device: DeviceFacts) -> tuple[str, str] | None:
-    if rollout.state == PAUSED and not policy.runs_release(device, rollout.release):
+    if rollout.state == PAUSED and not runs_release(device, rollout.release):
         return NOT_RUNNING, "it is paused: only who runs the release keeps it"
-    if rollout.state not in {PAUSED, COMPLETED} and not policy.reaches(rollout, device):
+    if rollout.state not in {PAUSED, COMPLETED} and not reaches(rollout, device):
         return NOT_REACHED, f"it admits {reach(rollout)} so far"
     return None
 
@@ -124,7 +124,7 @@ def _why_in(rollout: RolloutRules, device: DeviceFacts) -> str:
         return "it is completed: the standing answer of its group"
     if rollout.state == PAUSED:
         return "it is paused, and the device runs the release"
-    if policy.in_a_ring(rollout, device):
+    if in_a_ring(rollout, device):
         return f"in the ring {_matching(rollout.rings, device)}"
     return f"in the first {rollout.percent:g} %"
 

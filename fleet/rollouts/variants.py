@@ -47,7 +47,7 @@ def choose_variant(release: ReleaseRef, traits: Traits) -> str | None:
 
 
 def _wanted(release: ReleaseRef, traits: Traits) -> list[str]:
-    label = dict(traits.labels).get(VARIANT_LABEL)
+    label = dict(traits.labels).get(VARIANT_LABEL, "")
     return [label] if label in release.variants else sorted(release.variants)
 
 
