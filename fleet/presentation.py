@@ -88,8 +88,12 @@ def json_block(text: str) -> str:
 
 def state(value: str, words: str = "") -> str:
     """A state as unfold's label, in its colour."""
-    context = {"text": words or value.replace("_", " "), "type": STATE_COLOURS.get(value, ""), "size": "md"}
-    return render_to_string("unfold/helpers/label.html", context)
+    return label(words or value.replace("_", " "), STATE_COLOURS.get(value, ""))
+
+
+def label(text: str, colour: str) -> str:
+    """Unfold's label, in one of its colours."""
+    return render_to_string("unfold/helpers/label.html", {"text": text, "type": colour, "size": "md"})
 
 
 def size(number: float) -> str:

@@ -32,6 +32,12 @@ def assignments_for(device: Device, *, runs: Mapping[str, str] | None = None) ->
     return list(policy.desired(snapshots.current(), facts_of(device, runs=runs)).values())
 
 
+def explain(device: Device, model: str | None = None) -> list[explaining.Explanation]:
+    """Why the device runs what it runs, of each of its models or of one; with rollouts that are not in force, too."""
+    told = explaining.explain(snapshots.compile_history(), facts_of(device))
+    return [each for each in told if model in {None, each.model}]
+
+
 def manifests_for(assignments: Iterable[Assignment]) -> dict[str, str]:
     """The texts of the assigned manifests, by sha256."""
     wanted = {assignment.sha256 for assignment in assignments if assignment.release}

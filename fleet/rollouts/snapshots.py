@@ -8,11 +8,12 @@ import time
 from collections import Counter, defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from datetime import UTC, datetime
 from secrets import token_hex
 from typing import Any
 
 import structlog
-from django.db.models import Prefetch
+from django.db.models import Prefetch, QuerySet
 
 from device_sdk.protocol.assignment import ALWAYS, Conditions, Probation, Window
 from device_sdk.protocol.errors import ProtocolError
@@ -23,6 +24,7 @@ from fleet.rollouts import policy, targeting
 from fleet.rollouts.models import PolicyRevision, Rollout
 
 MAX_AGE = 1.0  # seconds
+HISTORY = 50  # rollouts not in force that are told beside the others
 COMPLETED_KEPT = 20  # per model: older ones are shadowed, but for devices that failed in all of these
 
 logger = structlog.get_logger(__name__)
@@ -66,6 +68,30 @@ def compile_policy() -> policy.Snapshot:
         else:
             stops.discard(rollout.release.model.name)  # what it says is not known: a doubt stops nothing
     return policy.Snapshot(rollouts=dict(by_model), stops=frozenset(stops))
+
+
+def compile_history() -> policy.Snapshot:
+    """The policy in force, and the newest rollouts beside it that admit nobody: for telling people about a device.
+
+    What these do not admit for is in their state, so that the answer is the same.
+    """
+    force = {rollout.pk: rollout for rollout in _in_force()}
+    others = _with_all(Rollout.objects.exclude(pk__in=force)).order_by("-pk")[:HISTORY]
+    by_model: dict[str, list[policy.RolloutRules]] = defaultdict(list)
+    for rollout in sorted((*force.values(), *others), key=_by_start, reverse=True):
+        rules = rules_of(rollout)
+        if rules is None:
+            rules = policy.RolloutRules(rollout.pk, "unreadable", release_ref(rollout.release), rollout.salt, 0)
+        elif rollout.pk not in force and rules.state in policy.IN_FORCE:
+            revoked = rollout.release.state != Release.State.VALID
+            rules = replace(rules, state="revoked" if revoked else "superseded")
+        by_model[rules.release.model].append(rules)
+    return policy.Snapshot(rollouts=dict(by_model), stops=compile_policy().stops)
+
+
+def _by_start(rollout: Rollout) -> tuple[datetime, int]:
+    """The order in which rollouts are asked; drafts would come first."""
+    return rollout.started_at or datetime.max.replace(tzinfo=UTC), rollout.pk
 
 
 def rules_of(rollout: Rollout) -> policy.RolloutRules | None:
@@ -134,14 +160,15 @@ def with_variants(prefix: str = "") -> "Prefetch[Any]":
 
 def _in_force() -> Iterator[Rollout]:
     completed: Counter[str] = Counter()
-    rollouts = (
-        Rollout.objects.filter(state__in=policy.IN_FORCE, release__state=Release.State.VALID)
-        .select_related("release__model", "group", "exclude_group")
-        .prefetch_related("stages__ring", with_variants("release__"))
-        .order_by("-started_at", "-pk")
-    )
-    for rollout in rollouts:
+    rollouts = _with_all(Rollout.objects.filter(state__in=policy.IN_FORCE, release__state=Release.State.VALID))
+    for rollout in rollouts.order_by("-started_at", "-pk"):
         completed[rollout.release.model.name] += rollout.state == Rollout.State.COMPLETED
         if rollout.state == Rollout.State.COMPLETED and completed[rollout.release.model.name] > COMPLETED_KEPT:
             continue
         yield rollout
+
+
+def _with_all(rollouts: QuerySet[Rollout]) -> QuerySet[Rollout]:
+    return rollouts.select_related("release__model", "group", "exclude_group").prefetch_related(
+        "stages__ring", with_variants("release__")
+    )

@@ -1,6 +1,7 @@
 """Which devices a rollout is for, and its rings: read from its row. Checks what people ask for before it is stored."""
 
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from itertools import pairwise
 from math import isfinite
 from typing import TYPE_CHECKING, Any
@@ -46,6 +47,24 @@ def devices(rollout: Rollout) -> QuerySet[Device]:
 
 
 # --- writing -----------------------------------------------------------------------------------------------------
+
+RING = "ring:"
+
+
+def read_stage(text: str) -> dict[str, Any]:
+    """What a stage admits, as people write it: `5` or `5 %`, or a group's name, with `ring:` where it looks like both.
+
+    Raises Invalid `stages_malformed` where no group has the name.
+    """
+    word = text.strip()
+    with suppress(ValueError):
+        return {"percent": float(word.removesuffix("%"))}
+    group = Group.objects.filter(name=word.removeprefix(RING)).first()
+    if group is None:
+        raise Invalid(
+            "stages_malformed", f"stages: expected a percentage, or a group's name as a ring; got {word!r:.80}"
+        )
+    return {"ring": group}
 
 
 def checked(*, selector: str, exclude: str, exclude_group: Group | None) -> dict[str, Any]:

@@ -457,10 +457,10 @@ def test_a_rollout_may_start_at_once(fleet, as_user):
 @pytest.mark.parametrize(
     ("changes", "complaint"),
     [
-        ({"percents": "5, x"}, "expected numbers separated by commas"),
-        ({"percents": "50, 25, 100"}, "expected rising numbers"),
-        ({"percents": "5, 25"}, "the last one 100"),
-        ({"percents": "nan, 100"}, "expected rising numbers"),
+        ({"percents": "5, x"}, "expected percentages, or groups as rings"),
+        ({"percents": "50, 25, 100"}, "percentages must rise"),
+        ({"percents": "5, 25"}, "to 100, the last"),
+        ({"percents": "nan, 100"}, "percentages must rise"),
         ({"window_start": "22:00"}, "give both ends"),
         ({"success_percent": "101"}, "less than or equal to 100"),
     ],
