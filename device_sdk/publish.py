@@ -26,7 +26,7 @@ from tuf.api.metadata import Metadata, TargetFile, Targets
 from tuf.api.serialization import DeserializationError
 from tuf.api.serialization.json import JSONSerializer
 
-from device_sdk import signing
+from device_sdk import needs, signing
 from device_sdk.errors import DeviceError, SetupError, TransferError, UntrustedError, is_retryable
 from device_sdk.protocol import limits
 from device_sdk.protocol.errors import ProtocolError
@@ -418,13 +418,18 @@ def _variants(options: argparse.Namespace) -> list[Variant]:
         if name in chosen:
             raise SetupError(f"variant {name!r} is given twice")
         chosen[check_name(name, "variant")] = [Path(file) for file in listed.split(",")] if named else options.files
-    requires = Requirements(options.min_sdk, options.min_runtime, options.opset, options.memory)
+    common = Requirements(options.min_sdk, options.min_runtime, options.opset, options.memory)
+    requires = needs.of_variants(options.needs, chosen, common)
     metadata = _metadata(options.meta)
     version = check_name(options.version, "version")
     attach = _attached(options.attach, chosen)
     return [
         build_variant(
-            ReleasePath(options.model, version, name), files, requires=requires, metadata=metadata, attach=attach[name]
+            ReleasePath(options.model, version, name),
+            files,
+            requires=requires[name],
+            metadata=metadata,
+            attach=attach[name],
         )
         for name, files in chosen.items()
     ]
@@ -601,6 +606,7 @@ def _push_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument("--min-runtime", default="", help="the oldest onnxruntime that can run it")
     command.add_argument("--opset", type=int, default=0)
     command.add_argument("--memory", type=int, default=0, help="bytes that a device needs")
+    command.add_argument("--needs", action="append", default=[], metavar="[VARIANT:]KEY=VALUE", help=needs.HELP)
     command.add_argument("--wait", action="store_true", help="until the server has validated it")
     command.add_argument("--wait-seconds", type=float, default=600)
     command.add_argument("--poll-seconds", type=float, default=1.0, help=argparse.SUPPRESS)

@@ -457,7 +457,7 @@ def test_a_rollout_may_start_at_once(fleet, as_user):
 @pytest.mark.parametrize(
     ("changes", "complaint"),
     [
-        ({"percents": "5, x"}, "expected percentages, or groups as rings"),
+        ({"percents": "5, x"}, "or a group's name as a ring"),
         ({"percents": "50, 25, 100"}, "percentages must rise"),
         ({"percents": "5, 25"}, "to 100, the last"),
         ({"percents": "nan, 100"}, "percentages must rise"),
