@@ -13,7 +13,7 @@ from pathlib import Path
 from threading import RLock
 from typing import Any, Self
 
-from device_sdk import __version__
+from device_sdk import __version__, abilities
 from device_sdk.assembly import Bringer, make_parts
 from device_sdk.config import Home, Identity, Provision, setup_errors
 from device_sdk.counts import Counts
@@ -255,7 +255,8 @@ class Fleet:
         )  # fmt: skip
         assert self._outbox is not None  # noqa: S101  the lock comes with one
         context = Context(
-            device=device, sdk=__version__, client=self._transport, trust=trust, outbox=self._outbox,
+            device=device, sdk=__version__, abilities=abilities.detect(options.providers), client=self._transport,
+            trust=trust, outbox=self._outbox,
             journal=self._journal, installers=self._installers, clock=options.clock, on_change=self._tell_peers,
             on_settled=lambda: self._hooks.tell(self._store), missed=self._board.take_drops,
         )  # fmt: skip

@@ -8,7 +8,7 @@ from pathlib import Path
 from secrets import token_hex
 from typing import Any
 
-from device_sdk import __version__
+from device_sdk import __version__, abilities
 from device_sdk.config import Home, Identity, Provision, setup_errors, write_durably
 from device_sdk.errors import SetupError, TransferError, is_retryable
 from device_sdk.protocol import fields, limits
@@ -42,7 +42,8 @@ def enrol(
     with setup_errors():
         provision = home.provision()
         identity = _identity(home, check_name(name, "device"))
-        request = EnrolRequest(identity.device, identity.nonce, check_labels(dict(labels or {})), __version__)
+        said = check_labels(dict(labels or {}))
+        request = EnrolRequest(identity.device, identity.nonce, said, __version__, abilities.detect())
     home.make()
     write_durably(home.identity_file, identity.to_bytes())
     client = transport or Transport(provision.server, provision.blob_hosts, provision.token)

@@ -30,6 +30,7 @@ from device_sdk.protocol import events, limits
 from device_sdk.protocol.arrays.acceptance import Acceptance
 from device_sdk.protocol.assignment import Assignment, Probation
 from device_sdk.protocol.manifest import Manifest
+from device_sdk.protocol.versions import older
 from device_sdk.rehearsal import Rules, free_memory, rehearse
 from device_sdk.runtime import RuntimeOptions
 from device_sdk.slot import CHECK_EVERY, Gate, Loaded, Slot, told
@@ -46,7 +47,6 @@ from device_sdk.updater import (
     Why,
     backoff,
     judge,
-    older,
 )
 from device_sdk.uploader import local_second_of_day
 

@@ -17,7 +17,7 @@ from typing import Any
 
 from securesystemslib.signer import CryptoSigner, Key, Signer
 
-from device_sdk import signing
+from device_sdk import needs, signing
 from device_sdk.errors import DeviceError, SetupError, TransferError, UntrustedError, is_retryable
 from device_sdk.protocol.errors import ProtocolError
 from device_sdk.protocol.manifest import ATTACHMENT_KINDS, MODEL_SIGNATURE
@@ -222,6 +222,7 @@ def _push_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument("--min-runtime", default="", help="the oldest onnxruntime that can run it")
     command.add_argument("--opset", type=int, default=0)
     command.add_argument("--memory", type=int, default=0, help="bytes that a device needs")
+    command.add_argument("--needs", action="append", default=[], metavar="[VARIANT:]KEY=VALUE", help=needs.HELP)
     command.add_argument("--wait", action="store_true", help="until the server has validated it")
     command.add_argument("--wait-seconds", type=float, default=600)
     command.add_argument("--poll-seconds", type=float, default=1.0, help=argparse.SUPPRESS)

@@ -14,9 +14,9 @@ import onnxruntime
 
 from device_sdk.errors import ModelError, first_line
 from device_sdk.protocol.manifest import Manifest
+from device_sdk.protocol.versions import older
 from device_sdk.schema import DTYPES, Schema, check_signed, mismatch, specs_of
 from device_sdk.slot import Array, Loaded
-from device_sdk.updater import older
 
 log = logging.getLogger("device_sdk")
 

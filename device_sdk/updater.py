@@ -214,15 +214,3 @@ def backoff(device: str, failures: int, *, first: float, retry_after: float | No
     """
     delay = min(MAX_DELAY, first * 2.0 ** min(failures - 1, 20))
     return max(delay, min(retry_after or 0.0, MAX_DELAY)) * (1 + 0.25 * jitter(device, "backoff"))
-
-
-def older(version: str, floor: str) -> bool:
-    """Whether a dotted `version` is below `floor`. An empty floor is none; a part that is no number counts as 0."""
-    return bool(floor) and _numbers(version) < _numbers(floor)
-
-
-def _numbers(version: str) -> tuple[int, ...]:
-    parts = [int(part) if part.isdigit() else 0 for part in version.split(".")]
-    while parts and parts[-1] == 0:
-        parts.pop()
-    return tuple(parts)

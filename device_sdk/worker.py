@@ -14,6 +14,7 @@ from device_sdk.install import Clock, Installer
 from device_sdk.journal import Journal
 from device_sdk.outbox import Outbox
 from device_sdk.protocol import events, fields, limits
+from device_sdk.protocol.abilities import Abilities
 from device_sdk.protocol.cohorts import jitter
 from device_sdk.protocol.errors import ProtocolError
 from device_sdk.protocol.events import EventPost
@@ -117,6 +118,7 @@ class Context:
 
     device: str
     sdk: str
+    abilities: Abilities
     client: Client
     trust: Trusted
     outbox: Outbox
@@ -292,7 +294,7 @@ class Poller:
 
     def _post(self) -> None:
         pending = self._it.outbox.pending()
-        post = EventPost(pending.events, self._it.runs(), self._it.sdk, pending.dropped)
+        post = EventPost(pending.events, self._it.runs(), self._it.sdk, pending.dropped, self._it.abilities)
         headers = {"Content-Type": "application/json"}
         body = fields.canonical(post.to_json())
         try:

@@ -19,6 +19,8 @@ PURE = [
     ROOT / "device_sdk" / "comparison.py",
     ROOT / "device_sdk" / "sampling.py",
     ROOT / "fleet" / "rollouts" / "policy.py",
+    *(ROOT / "fleet" / "rollouts" / f"{name}.py" for name in ("explaining", "facts", "stages", "variants")),
+    ROOT / "fleet" / "devices" / "selection.py",
 ]
 # What decides without IO, clock, chance or Django may be made of these. Typing aside, `datetime` gives types only.
 INNOCENT = {
@@ -29,6 +31,8 @@ INNOCENT = {
 }  # fmt: skip
 PURE_OURS = (
     "device_sdk.protocol", "device_sdk.updater", "device_sdk.counts", "device_sdk.comparison", "device_sdk.sampling",
+    "fleet.devices.selection", "fleet.errors", "fleet.rollouts.facts", "fleet.rollouts.policy", "fleet.rollouts.stages",
+    "fleet.rollouts.variants",
 )  # fmt: skip
 # Names that reach the clock, the disk or global chance even from an innocent module.
 IMPURE_CALLS = {

@@ -29,3 +29,4 @@ BATCH_INDEX = 2 * MIB
 MODELS_PER_DEVICE = 64
 LABELS = 32
 LABEL_CHARS = 64
+PROVIDERS = 16  # execution providers, or architectures, that a device or a variant names

@@ -84,12 +84,38 @@ class TensorSpec:
 
 @dataclass(frozen=True, slots=True)
 class Requirements:
-    """Floors below which a device cannot run the variant. Empty text and 0 mean: no floor."""
+    """Floors below which a device cannot run the variant. Empty text, 0 and none mean: no floor.
+
+    `memory` in bytes. Of `arch` and `providers` one is enough. `release`: the version, or one after it, that a device
+    must have run before this one: it is brought there first.
+    """
 
     sdk: str = ""
     runtime: str = ""
     opset: int = 0
     memory: int = 0
+    release: str = ""
+    arch: tuple[str, ...] = ()
+    providers: tuple[str, ...] = ()
+
+    def to_json(self) -> dict[str, Any]:
+        """The last three came later: where they ask for nothing they are left out, and the bytes are as they were."""
+        always = {"sdk": self.sdk, "runtime": self.runtime, "opset": self.opset, "memory": self.memory}
+        later = {"release": self.release, "arch": list(self.arch), "providers": list(self.providers)}
+        return always | {name: value for name, value in later.items() if value}
+
+    @classmethod
+    def parse(cls, value: object) -> "Requirements":
+        item = fields.as_object(value, "requires")
+        return cls(
+            sdk=fields.take_text(item, "sdk", limit=32, default=""),
+            runtime=fields.take_text(item, "runtime", limit=32, default=""),
+            opset=fields.take_int(item, "opset", high=10_000, default=0),
+            memory=fields.take_int(item, "memory", high=2**50, default=0),
+            release=check_name(item["release"], "version") if item.get("release") else "",
+            arch=fields.take_texts(item, "arch", limit=limits.PROVIDERS, chars=32),
+            providers=fields.take_texts(item, "providers", limit=limits.PROVIDERS, chars=64),
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,7 +152,7 @@ class Manifest:
             "entry": self.entry,
             "inputs": [spec.to_json() for spec in self.inputs],
             "outputs": [spec.to_json() for spec in self.outputs],
-            "requires": asdict(self.requires),
+            "requires": self.requires.to_json(),
             "metadata": dict(self.metadata),
         }
         attached = {"attachments": [asdict(item) for item in self.attachments]} if self.attachments else {}
@@ -145,19 +171,13 @@ class Manifest:
             raise ProtocolError("malformed", "files: each name may stand once")
         if entry not in names:
             raise ProtocolError("malformed", f"entry: expected one of the files; got {entry!r}")
-        requires = fields.take_object(source, "requires")
         return cls(
             path=ReleasePath.parse("/".join(fields.take_text(source, name, limit=64) for name in _PATH)),
             files=files,
             entry=entry,
             inputs=_specs(source, "inputs"),
             outputs=_specs(source, "outputs"),
-            requires=Requirements(
-                sdk=fields.take_text(requires, "sdk", limit=32, default=""),
-                runtime=fields.take_text(requires, "runtime", limit=32, default=""),
-                opset=fields.take_int(requires, "opset", high=10_000, default=0),
-                memory=fields.take_int(requires, "memory", high=2**50, default=0),
-            ),
+            requires=Requirements.parse(source.get("requires")),
             metadata=_metadata(source),
             attachments=_attachments(source),
             scores=Scores.parse(source["scores"]) if "scores" in source else None,

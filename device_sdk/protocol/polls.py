@@ -7,6 +7,7 @@ from hashlib import blake2b
 from typing import Any
 
 from device_sdk.protocol import fields, limits
+from device_sdk.protocol.abilities import UNSAID, Abilities
 from device_sdk.protocol.errors import ProtocolError
 from device_sdk.protocol.names import check_model, check_name, check_sha256
 
@@ -97,9 +98,11 @@ class EnrolRequest:
     nonce: str
     labels: Mapping[str, str]
     sdk: str
+    abilities: Abilities = UNSAID
 
     def to_json(self) -> dict[str, Any]:
-        return {"device": self.device, "nonce": self.nonce, "labels": dict(self.labels), "sdk": self.sdk}
+        said = {"abilities": self.abilities.to_json()} if self.abilities != UNSAID else {}
+        return {"device": self.device, "nonce": self.nonce, "labels": dict(self.labels), "sdk": self.sdk} | said
 
     @classmethod
     def parse(cls, value: object) -> "EnrolRequest":
@@ -112,6 +115,7 @@ class EnrolRequest:
             nonce=nonce,
             labels=check_labels(item.get("labels", {})),
             sdk=fields.take_text(item, "sdk", limit=32, default=""),
+            abilities=Abilities.parse(item.get("abilities", {})),
         )
 
 

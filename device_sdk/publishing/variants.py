@@ -7,6 +7,7 @@ from hashlib import file_digest
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from device_sdk import needs
 from device_sdk.errors import SetupError, TransferError
 from device_sdk.protocol import limits
 from device_sdk.protocol.manifest import (
@@ -87,7 +88,8 @@ def chosen(options: argparse.Namespace, folder: Path) -> list[Variant]:
         if name in chosen:
             raise SetupError(f"variant {name!r} is given twice")
         chosen[check_name(name, "variant")] = [Path(file) for file in listed.split(",")] if named else options.files
-    requires = Requirements(options.min_sdk, options.min_runtime, options.opset, options.memory)
+    common = Requirements(options.min_sdk, options.min_runtime, options.opset, options.memory)
+    requires = needs.of_variants(options.needs, chosen, common)
     metadata = _metadata(options.meta)
     version = check_name(options.version, "version")
     attach, wanted = _attached(options.attach, chosen), _wanted(options)
@@ -96,7 +98,7 @@ def chosen(options: argparse.Namespace, folder: Path) -> list[Variant]:
         build_variant(
             ReleasePath(options.model, version, name),
             files,
-            requires=requires,
+            requires=requires[name],
             metadata=metadata,
             attach=attach[name],
             accept=_record(files[0], wanted, folder / name) if wanted else None,

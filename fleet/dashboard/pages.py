@@ -41,7 +41,7 @@ def guards(rollout: Rollout) -> Table:
     """What each stage asks before it passes."""
     rows = [
         [
-            f"{stage.percent:g} %",
+            str(stage),
             f"{stage.success_threshold:.0%} of {stage.min_reports}+ reports",
             stage.failure_budget,
             _span(stage.soak_seconds),
@@ -336,6 +336,9 @@ def _facts(manifest: Manifest) -> list[tuple[str, str]]:
     floors = manifest.requires
     named = [("Needs SDK", floors.sdk), ("Needs runtime", floors.runtime), ("Needs opset", str(floors.opset or ""))]
     named.append(("Needs memory", presentation.size(floors.memory) if floors.memory else ""))
+    named.append(("Needs architecture", " or ".join(floors.arch)))
+    named.append(("Needs provider", " or ".join(floors.providers)))
+    named.append(("Steps through", floors.release))
     return [(name, value) for name, value in named if value]
 
 

@@ -7,11 +7,11 @@ from django.db.models import F, Q
 
 
 class Group(models.Model):
-    """Devices chosen by labels. `selector` maps a label to its allowed values; empty: every device."""
+    """Devices chosen by labels: see `selection` for the language. Empty: every device."""
 
     name = models.CharField(max_length=64, unique=True)
     description = models.TextField(blank=True)
-    selector = models.JSONField(default=dict, blank=True)
+    selector = models.TextField(blank=True)
 
     class Meta:
         ordering: ClassVar = ["name"]
@@ -71,6 +71,7 @@ class Device(models.Model):
     nonce_digest = models.CharField(max_length=64, editable=False)
     token = models.ForeignKey(EnrolmentToken, null=True, blank=True, on_delete=models.SET_NULL)
     sdk = models.CharField(max_length=32, blank=True)
+    abilities = models.JSONField(default=dict, blank=True)  # see protocol.abilities; as it said last
     runs = models.ForeignKey(RunningSet, null=True, blank=True, on_delete=models.SET_NULL)
     pins = models.JSONField(default=dict, blank=True)  # model to `<version>`: overrides every rollout
     dropped_events = models.PositiveBigIntegerField(default=0)

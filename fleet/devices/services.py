@@ -14,14 +14,15 @@ from django.db.models import Exists, F, OuterRef, Q
 from django.db.models.functions import TruncHour
 from django.utils import timezone
 
-from device_sdk.protocol import events, fields
+from device_sdk.protocol import events
+from device_sdk.protocol.abilities import UNSAID
 from device_sdk.protocol.errors import ProtocolError
 from device_sdk.protocol.events import HEALTH, Event, EventPost
 from device_sdk.protocol.names import check_model, check_name
 from device_sdk.protocol.polls import EnrolRequest, check_labels, running_digest
 from fleet.audit.context import DEVICE, Acting
 from fleet.audit.services import record
-from fleet.devices import changes, credentials, selectors
+from fleet.devices import changes, credentials, selection, selectors
 from fleet.devices.models import Device, DeviceEvent, EnrolmentToken, Group, ModelStatus, RunningSet, SpreadSample
 from fleet.devices.seen import flush_seen, mark_seen
 from fleet.errors import Conflict, Denied, Invalid, Unauthorized
@@ -146,6 +147,7 @@ def _admit(entry: EnrolmentToken, request: EnrolRequest) -> Device:
         nonce_digest=_digest(request.nonce),
         token=entry,
         sdk=request.sdk,
+        abilities=request.abilities.to_json(),
         last_seen=now,
     )
     detail = {"token": entry.name, "state": device.state, "labels": device.labels, "models": device.model_names}
@@ -236,13 +238,12 @@ def set_labels(*, device: Device, labels: Mapping[str, str], actor: User | str) 
 
 
 @transaction.atomic
-def save_group(
-    *, group: Group | None = None, name: str, description: str = "", selector: Mapping[str, Sequence[str]]
-) -> Group:
-    """Create or change a group. `selector` maps a label to its allowed values; empty chooses every device."""
+def save_group(*, group: Group | None = None, name: str, description: str = "", selector: str) -> Group:
+    """Create or change a group. `selector` as in `selection`; empty chooses every device."""
     group = group or Group()
     try:
-        group.name, group.description, group.selector = check_name(name, "group"), description, _selector(selector)
+        chosen = str(selection.parse(selector))
+        group.name, group.description, group.selector = check_name(name, "group"), description, chosen
     except ProtocolError as error:
         raise Invalid(error.code, error.message) from error
     if Group.objects.filter(name=group.name).exclude(pk=group.pk).exists():
@@ -260,15 +261,6 @@ def delete_group(*, group: Group) -> None:
     """Refused by the database where a rollout is for it."""
     group.delete()
     record("group.deleted", target=group.name, detail={"selector": group.selector})
-
-
-def _selector(value: object) -> dict[str, list[str]]:
-    selector = fields.as_object(value, "selector")
-    for label, allowed in selector.items():
-        check_name(label, "label")
-        if not isinstance(allowed, list) or not allowed or not all(isinstance(item, str) for item in allowed):
-            raise ProtocolError("malformed", f"selector: {label!r} needs a list of allowed values; got {allowed!r:.80}")
-    return selector
 
 
 def _move(device: Device, before: Device.State, after: Device.State) -> None:
@@ -378,6 +370,8 @@ def _note_device(
     exists: Callable[[Mapping[str, str]], bool],
 ) -> None:
     values: dict[str, Any] = {"last_seen": now, "sdk": post.sdk or device.sdk}
+    if post.abilities != UNSAID:  # older SDKs say nothing
+        values["abilities"] = post.abilities.to_json()
     if not repeated:
         values["dropped_events"] = F("dropped_events") + post.dropped
     known = _known_set(device, post.runs, exists)
@@ -387,7 +381,8 @@ def _note_device(
     if refusal != device.refusal:
         values["refusal"] = refusal
     Device.objects.filter(pk=device.pk).update(**values)
-    if values["sdk"] != device.sdk:  # what it can run depends on it
+    able = values.get("abilities", device.abilities)
+    if (values["sdk"], able) != (device.sdk, device.abilities):  # what it can run depends on them
         changes.device_changed(device.pk)
 
 

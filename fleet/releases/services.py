@@ -339,6 +339,7 @@ def _create_variant(release: Release, offer: _Offer, artifacts: Mapping[str, Art
         manifest_sha256=sha256,
         manifest_length=length,
         size=offer.manifest.length,
+        requires=offer.manifest.requires.to_json(),
     )
     variant.artifacts.set({artifacts[file.sha256] for file in offer.manifest.fetched})
     return variant

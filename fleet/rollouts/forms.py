@@ -1,7 +1,6 @@
 """The form that proposes a rollout. Stages share their guards; the API takes each stage with its own."""
 
 from datetime import time
-from itertools import pairwise
 from typing import Any
 
 from django import forms
@@ -14,9 +13,11 @@ from unfold.widgets import (
 )
 
 from device_sdk.protocol.assignment import CONDITION_FLAGS, MAX_BYTES
+from fleet.devices.forms import SelectorField
 from fleet.devices.models import Group
+from fleet.errors import Invalid
 from fleet.releases.models import Release
-from fleet.rollouts import services
+from fleet.rollouts import services, targeting
 from fleet.rollouts.models import Rollout
 from fleet.rollouts.terms.watch import WatchFields
 
@@ -39,11 +40,23 @@ class RolloutForm(WatchFields, forms.ModelForm):  # type: ignore[type-arg]
     group = forms.ModelChoiceField(
         Group.objects.all(), required=False, empty_label="Every device", widget=UnfoldAdminSelectWidget
     )
+    selector = SelectorField(label="Only", help_text="Narrows the group: site in (graz, linz), !lab. Empty: all of it.")
+    exclude_group = forms.ModelChoiceField(
+        Group.objects.all(),
+        label="Without the group",
+        required=False,
+        empty_label="Nobody is left out",
+        widget=UnfoldAdminSelectWidget,
+    )
+    exclude = SelectorField(
+        label="Without", help_text="Devices that are left out: tier=gold, or @name in (cam-1, cam-2)."
+    )
     percents = forms.CharField(
         label="Stages",
         initial="5, 25, 100",
         widget=UnfoldAdminTextInputWidget,
-        help_text="Percent of the group that each stage reaches, rising to 100.",
+        help_text="Percent of the group that each stage reaches, rising to 100. The name of a group is a ring: its "
+        "devices go first, as in canary, 5, 25, 100.",
     )
     soak_minutes = forms.IntegerField(
         initial=60, min_value=0, widget=UnfoldAdminIntegerFieldWidget, help_text="Shortest time in each stage."
@@ -104,17 +117,15 @@ class RolloutForm(WatchFields, forms.ModelForm):  # type: ignore[type-arg]
 
     class Meta:
         model = Rollout
-        fields = ("release", "group", "on_failure", "urgent")
+        fields = ("release", "group", "selector", "exclude", "exclude_group", "on_failure", "urgent")
 
-    def clean_percents(self) -> list[float]:
+    def clean_percents(self) -> list[dict[str, Any]]:
         try:
-            percents = [float(part) for part in self.cleaned_data["percents"].replace("%", "").split(",")]
-        except ValueError as error:
-            raise forms.ValidationError("expected numbers separated by commas, such as 5, 25, 100") from error
-        rising = all(a < b for a, b in pairwise(percents))
-        if not rising or percents[0] <= 0 or percents[-1] != 100:
-            raise forms.ValidationError("expected rising numbers over 0, the last one 100")
-        return percents
+            stages = [targeting.read_stage(part) for part in self.cleaned_data["percents"].split(",")]
+            targeting.percents([services.StagePlan(**stage) for stage in stages])
+        except Invalid as error:
+            raise forms.ValidationError(error.message) from error
+        return stages
 
     def clean(self) -> dict[str, Any]:
         given = super().clean() or self.cleaned_data
@@ -137,7 +148,8 @@ class RolloutForm(WatchFields, forms.ModelForm):  # type: ignore[type-arg]
         return {
             "release": given["release"],
             "group": given["group"],
-            "stages": [services.StagePlan(percent=percent, **guards) for percent in given["percents"]],
+            **{name: given[name] for name in ("selector", "exclude", "exclude_group")},
+            "stages": [services.StagePlan(**stage, **guards) for stage in given["percents"]],
             "on_failure": given["on_failure"],
             "urgent": given["urgent"],
             "window": window,

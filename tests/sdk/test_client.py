@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import device_sdk
-from device_sdk import __version__
+from device_sdk import __version__, abilities
 from device_sdk.__main__ import main
 from device_sdk.client import Fleet
 from device_sdk.config import Home, Provision
@@ -117,7 +117,8 @@ def test_enrolment_keeps_the_nonce_before_it_asks_and_the_credential_after(tmp_p
     with pytest.raises(SetupError, match="enrolment was begun"):
         Fleet.open(home.path)
     assert enrol(home.path, "cam-1", {"site": "north"}, transport=server) == "active"
-    assert requests == [{"device": "cam-1", "nonce": nonce, "labels": {"site": "north"}, "sdk": __version__}]
+    said = {"device": "cam-1", "nonce": nonce, "labels": {"site": "north"}, "sdk": __version__}
+    assert requests == [said | {"abilities": abilities.detect().to_json()}]
     assert (home.identity().credential, home.identity().nonce) == ("secret", nonce)
     assert home.identity_file.stat().st_mode & 0o077 == 0
 

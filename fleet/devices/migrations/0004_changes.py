@@ -6,7 +6,7 @@ from django.db import migrations, models
 class Migration(migrations.Migration):
 
     dependencies = [
-        ('devices', '0002_device_refusal'),
+        ('devices', '0003_selectors_and_abilities'),
     ]
 
     operations = [

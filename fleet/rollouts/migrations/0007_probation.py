@@ -6,7 +6,7 @@ from django.db import migrations, models
 class Migration(migrations.Migration):
 
     dependencies = [
-        ('rollouts', '0002_rollout_conditions'),
+        ('rollouts', '0003_rings_and_excludes'),
     ]
 
     operations = [
