@@ -25,7 +25,7 @@ from fleet.errors import Conflict, Invalid
 from fleet.releases import selectors as releases
 from fleet.releases.deltas import services as deltas
 from fleet.releases.models import Release
-from fleet.rollouts import policy, selectors, snapshots
+from fleet.rollouts import evidence, guards, policy, selectors, snapshots
 from fleet.rollouts.models import Outcome, Rollout, RolloutAction, Stage
 
 START, PAUSE, RESUME, CANCEL, ROLL_BACK = "start", "pause", "resume", "cancel", "roll_back"
@@ -83,8 +83,9 @@ def create(  # noqa: PLR0913  # a rollout has so many terms
     window: Mapping[str, int] | None = None,
     probation: Mapping[str, float] | None = None,
     conditions: Mapping[str, Any] | None = None,
+    guards: Mapping[str, Any] | None = None,
 ) -> Rollout:
-    """Draft a rollout of a valid release. `group` None: every device. The last three are as on the wire."""
+    """Draft a rollout of a valid release. `group` None: every device. The last four: see the models."""
     _check_release(release)
     _check_stages(stages)
     if on_failure not in Rollout.OnFailure.values:
@@ -98,6 +99,7 @@ def create(  # noqa: PLR0913  # a rollout has so many terms
         window=_checked_window(window),
         probation=_checked_probation(probation),
         conditions=_checked_conditions(conditions),
+        guards=evidence.checked(guards),
         created_by=actor if isinstance(actor, User) else None,
     )
     Stage.objects.bulk_create([Stage(rollout=rollout, index=i, **asdict(plan)) for i, plan in enumerate(stages)])
@@ -110,6 +112,7 @@ def create(  # noqa: PLR0913  # a rollout has so many terms
         "window": rollout.window,
         "probation": rollout.probation,
         "conditions": rollout.conditions,
+        "guards": rollout.guards,
     }
     _log(rollout.pk, CREATE, actor, "", plan)
     return rollout
@@ -121,7 +124,7 @@ def start(*, rollout: Rollout | int, actor: User | str, comment: str = "") -> Ro
     row = _fetch(rollout)
     _check_release(row.release)
     now = timezone.now()
-    moved = _move(row, START, actor, comment, started_at=now, stage_since=now, salt=_fair_salt(row))
+    moved = _move(row, START, actor, comment, started_at=now, stage_since=now, evidence_since=now, salt=_fair_salt(row))
     Stage.objects.filter(rollout=moved, index=0).update(entered_at=now)
     _credit_those_who_run_it(moved)
     if deltas.order(release=row.release):  # devices may run something else than when it was published
@@ -140,7 +143,9 @@ def resume(*, rollout: Rollout | int, actor: User | str, comment: str = "") -> R
     row = _fetch(rollout)
     _check_release(row.release)
     failures = selectors.outcome_counts(row)[Outcome.State.FAILED]
-    return _move(row, RESUME, actor, comment, stage_since=timezone.now(), forgiven=failures)
+    now, run = timezone.now(), row.evidence_run + 1  # what halted it is accepted: the guards begin anew
+    changes = {"stage_since": now, "forgiven": failures, "evidence_run": run, "evidence_since": now}
+    return _move(row, RESUME, actor, comment, **changes)
 
 
 def cancel(*, rollout: Rollout | int, actor: User | str, comment: str = "") -> Rollout:
@@ -287,12 +292,12 @@ def tick() -> None:
 
 
 def _step(rollout: Rollout, now: datetime) -> None:
-    rules = _stage_rules(rollout)
+    rules, asked = _stage_rules(rollout), evidence.ask(rollout, now)
     quick = selectors.tally(rollout, counted=False)
     worthwhile = policy.enough_reports(rules, quick, now)
     decision = policy.next_step(rules, selectors.tally(rollout, counted=True) if worthwhile else quick, now)
     try:
-        _apply(rollout, decision, now)
+        _apply(rollout, guards.before_success(asked, rollout.on_failure, decision), now)
     except Conflict:
         logger.info("rollout_moved_meanwhile", rollout=rollout.pk)
 
