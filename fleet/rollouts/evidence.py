@@ -253,6 +253,26 @@ def _write(
     )
 
 
+# --- what is shown ------------------------------------------------------------------------------------------------
+
+
+def readings(rollout: Rollout) -> list[GuardReading]:
+    """What each guard saw last, in this run of the evidence."""
+    return list(GuardReading.objects.filter(rollout=rollout, run=rollout.evidence_run))
+
+
+def looked_at(rollout: Rollout, terms: guards.Terms) -> list[guards.Reading]:
+    """What the guards see in what was folded so far. Writes nothing."""
+    peaks = {row.guard: row.peak for row in readings(rollout)}
+    return [replace(found, peak=max(found.evidence, peaks.get(found.name, 0.0))) for found in _readings(rollout, terms)]
+
+
+def terms_of(rollout: Rollout) -> guards.Terms | None:
+    """None where it has no guards, or where they cannot be read."""
+    terms = _terms(rollout) if rollout.guards else None
+    return terms if isinstance(terms, guards.Terms) else None
+
+
 def _terms(rollout: Rollout) -> guards.Terms | policy.Hold:
     try:
         return guards.Terms.parse(rollout.guards)

@@ -6,6 +6,7 @@ from typing import Any
 
 from django import forms
 from unfold.widgets import (
+    UnfoldAdminDecimalFieldWidget,
     UnfoldAdminIntegerFieldWidget,
     UnfoldAdminSelectWidget,
     UnfoldAdminTextInputWidget,
@@ -16,7 +17,7 @@ from unfold.widgets import (
 from device_sdk.protocol.assignment import CONDITION_FLAGS, MAX_BYTES
 from fleet.devices.models import Group
 from fleet.releases.models import Release
-from fleet.rollouts import services
+from fleet.rollouts import guards, services
 from fleet.rollouts.models import Rollout
 
 
@@ -97,6 +98,35 @@ class RolloutForm(forms.ModelForm):  # type: ignore[type-arg]
         help_text="Of each device, urgent or not. Empty: no limit.",
     )
     daily = _megabytes("Download a day (MB)", "Of each device. Empty: no limit.")
+    guards = forms.CharField(
+        required=False,
+        initial=guards.USUAL,
+        widget=UnfoldAdminTextInputWidget,
+        help_text=f"Of {', '.join(guards.SCALES)}; each may have effect=, limit= and test=no: "
+        "errors effect=0.01 limit=0.05, latency. Empty: none.",
+    )
+    false_alarm_percent = forms.FloatField(
+        label="False alarms (%)",
+        initial=1,
+        min_value=0.0001,
+        max_value=50,
+        widget=UnfoldAdminDecimalFieldWidget,
+        help_text="Chance that a healthy rollout is ever halted by its guards, looked at all the time.",
+    )
+    guard_devices = forms.IntegerField(
+        label="Devices compared",
+        initial=1,
+        min_value=0,
+        widget=UnfoldAdminIntegerFieldWidget,
+        help_text="Exposed devices that each guard must have compared before a stage passes.",
+    )
+    guard_calls = forms.IntegerField(
+        label="Calls compared",
+        initial=50,
+        min_value=1,
+        widget=UnfoldAdminIntegerFieldWidget,
+        help_text="Calls after which a device can be compared.",
+    )
     start_now = forms.BooleanField(
         label="Start at once", required=False, widget=UnfoldBooleanSwitchWidget, help_text="Else it waits as a draft."
     )
@@ -115,6 +145,12 @@ class RolloutForm(forms.ModelForm):  # type: ignore[type-arg]
             raise forms.ValidationError("expected rising numbers over 0, the last one 100")
         return percents
 
+    def clean_guards(self) -> dict[str, Any]:
+        try:
+            return guards.parse_text(self.cleaned_data["guards"])
+        except ValueError as error:
+            raise forms.ValidationError(str(error)) from error
+
     def clean(self) -> dict[str, Any]:
         given = super().clean() or self.cleaned_data
         if (given.get("window_start") is None) != (given.get("window_end") is None):
@@ -124,7 +160,7 @@ class RolloutForm(forms.ModelForm):  # type: ignore[type-arg]
     def terms(self) -> dict[str, Any]:
         """What `services.create` takes."""
         given = self.cleaned_data
-        guards = {
+        plan = {
             "soak_seconds": given["soak_minutes"] * 60,
             "success_threshold": given["success_percent"] / 100,
             "min_reports": given["min_reports"],
@@ -136,13 +172,19 @@ class RolloutForm(forms.ModelForm):  # type: ignore[type-arg]
         return {
             "release": given["release"],
             "group": given["group"],
-            "stages": [services.StagePlan(percent=percent, **guards) for percent in given["percents"]],
+            "stages": [services.StagePlan(percent=percent, **plan) for percent in given["percents"]],
             "on_failure": given["on_failure"],
             "urgent": given["urgent"],
             "window": window,
+            "guards": self._guards(),
             "conditions": {name: (given[name] or 0) * unit for name, unit in _UNITS.items() if given[name]}
             | {name: True for name in CONDITION_FLAGS if given[name]},
         }
+
+    def _guards(self) -> dict[str, Any]:
+        given = self.cleaned_data
+        plain = {"false_alarm": given["false_alarm_percent"] / 100, "devices": given["guard_devices"]}
+        return {**given["guards"], **plain, "calls": given["guard_calls"]} if given["guards"] else {}
 
 
 _UNITS = {"free_disk": 10**6, "free_memory": 10**6, "daily": 10**6, "rate": 1000}

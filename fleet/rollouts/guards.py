@@ -14,8 +14,10 @@ Any doubt is Hold: terms that cannot be read, a guard without numbers.
 """
 
 import math
+from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -345,20 +347,19 @@ def fewest(name: str, terms: Terms, exposed: int, unexposed: int, stages: int) -
 
     All others are taken to be unchanged. For a small fleet None is the honest answer: no test at this rate can tell.
     """
-    for bad in range(1, exposed + 1):
-        if _if_bad(name, terms, exposed, unexposed, stages, bad) >= terms.bound:
-            return bad
-    return None
+    halts = partial(_halts, name, terms, exposed, unexposed, stages)
+    found = bisect_left(range(1, exposed + 1), 1, key=halts) + 1
+    return found if found <= exposed else None
 
 
-def _if_bad(name: str, terms: Terms, exposed: int, unexposed: int, stages: int, bad: int) -> float:
+def _halts(name: str, terms: Terms, exposed: int, unexposed: int, stages: int, bad: int) -> bool:
     if name == FAILURES:
-        return failures_reading(terms, exposed, bad).evidence
+        return failures_reading(terms, exposed, bad).evidence >= terms.bound
     scale, sides = SCALES[name], (Side(), Side())
     same = (betting.to_bin(scale.score(0.0), exposed=True), betting.to_bin(scale.score(0.0), exposed=False))
     sides[0].bins, sides[0].devices = {same[0]: exposed - bad, betting.BINS: bad}, exposed
     sides[1].bins, sides[1].devices = {same[1]: unexposed}, unexposed
-    return reading(name, terms, [Comparison(0, 0, *sides)], stages).evidence
+    return reading(name, terms, [Comparison(0, 0, *sides)], stages).evidence >= terms.bound
 
 
 def odds(log: float) -> str:
@@ -372,6 +373,19 @@ def odds(log: float) -> str:
 
 def _devices(number: int, kind: str) -> str:
     return f"{number:,} {kind} device{'' if number == 1 else 's'}"
+
+
+def worst(name: str) -> str:
+    """What counts as as bad as can be, for people."""
+    scale = SCALES[name]
+    if scale.logarithmic:
+        return f"{math.exp(scale.high):.3g} times as slow"
+    return "failed" if name == FAILURES else f"worse by {scale.show(scale.high)}"
+
+
+def change_text(name: str, side: Side) -> str:
+    """The mean change of a side's devices, for people."""
+    return _change(SCALES[name], side) if side.devices else "-"
 
 
 def _change(scale: Scale, side: Side) -> str:

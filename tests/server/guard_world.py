@@ -58,7 +58,9 @@ class GuardedFleet:
     def split(self) -> tuple[list[Caller], list[Caller]]:
         """The exposed by the policy itself, and the others."""
         exposed = {entry.pk for entry in selectors.assigned_devices(self.rollout)}
-        return [c for c in self.callers if c.device.pk in exposed], [c for c in self.callers if c.device.pk not in exposed]
+        return [c for c in self.callers if c.device.pk in exposed], [
+            c for c in self.callers if c.device.pk not in exposed
+        ]
 
     def tick(self) -> Rollout:
         services.tick()

@@ -1,7 +1,7 @@
-from django.test import Client
 import pytest
+from django.test import Client
 
-from fleet.rollouts.models import Finding, GuardReading, Rollout
+from fleet.rollouts.models import Rollout
 from fleet.rollouts.services import StagePlan
 from tests.server.guard_world import GuardedFleet
 
@@ -19,5 +19,4 @@ def test_a_regression_of_20_percent_halts_by_the_guard_and_says_why(client: Clie
     for caller in exposed:
         fleet.updates(caller, errors=20)
     rollout = fleet.tick()
-    print(rollout.state, rollout.reason, [(r.guard, r.evidence, r.points) for r in GuardReading.objects.all()])
     assert rollout.state == State.HALTED

@@ -1,0 +1,152 @@
+"""Thirty devices on the real server, by the doors that devices and operators use: a bad release, then a good one."""
+
+import json
+import random
+import secrets
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+
+import pytest
+import requests
+
+from device_sdk.protocol import events
+from device_sdk.protocol.events import Event, EventPost
+from device_sdk.protocol.names import ReleasePath
+from device_sdk.protocol.polls import EVENTS
+from tests.attacks.world import Shop, eventually
+
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(180)]
+DEVICES = 30
+GUARDS = {"failures": {}, "errors": {}, "latency": {}, "devices": 5, "calls": 100}
+STAGES = [{"percent": 40, "min_reports": 4}, {"percent": 100, "min_reports": 20}]
+
+
+@dataclass
+class Camera:
+    """A device that runs what it is given and counts as the SDK does, without a model."""
+
+    shop: Shop
+    home: object
+    seed: int
+    version: str = ""
+    load: str = ""
+    counts: dict = field(default_factory=dict)
+
+    @property
+    def name(self):
+        return self.home.name
+
+    def polls(self):
+        return self.shop.assigned(self.shop.ask(self.home), self.name)
+
+    def takes(self, version, rollout):
+        """Install it, and commit after a probation of ten calls."""
+        self.version, self.load, self.counts = version, secrets.token_hex(4), {"calls": 0, "errors": 0}
+        self.works(10, 0.0)
+        self.says(self.event(events.PROBATION, rollout), self.event(events.COMMITTED, rollout, self.detail()))
+
+    def works(self, calls, error_rate):
+        rng = random.Random(self.seed * 1_000 + self.counts["calls"])
+        self.counts["calls"] += calls
+        self.counts["errors"] += sum(rng.random() < error_rate for _ in range(calls))
+
+    def detail(self):
+        slow = 2_000 + 300 * self.seed  # microseconds: no two boards are the same
+        return {**self.counts, "load": self.load, "checked": self.counts["calls"], "invalid": 0, "p95_us": slow}
+
+    def tells(self, rollout):
+        self.says(self.event(events.HEALTH, rollout, self.detail()))
+
+    def event(self, kind, rollout, detail=None):
+        path = ReleasePath(self.shop.model, self.version, "default")
+        return Event(secrets.token_hex(16), 1.8e9, kind, self.shop.model, path, str(rollout), detail=detail or {})
+
+    def says(self, *told):
+        credential = json.loads((self.home / "identity.json").read_text())["credential"]
+        runs = {self.shop.model: f"{self.version}/default"}
+        answer = requests.post(
+            f"{self.shop.server.url}{EVENTS}",
+            json=EventPost(told, runs, "0.2.0").to_json(),
+            headers={"Authorization": f"Bearer {credential}"},
+            timeout=30,
+        )
+        assert answer.status_code == 200, answer.text
+
+
+@dataclass
+class Fleet:
+    shop: Shop
+    cameras: list
+
+    def each(self, act):
+        with ThreadPoolExecutor(4) as pool:
+            return list(pool.map(act, self.cameras))
+
+    def starts(self, factor, **terms):
+        version = self.shop.release(factor)
+        body = {"release": self.shop.releases[version], "stages": STAGES, "on_failure": "roll_back", **terms}
+        made = self.shop.api("POST", "rollouts/", body)
+        self.shop.api("POST", f"rollouts/{made['id']}/start/", {})
+        return version, made["id"]
+
+    def rollout(self, pk):
+        return self.shop.api("GET", f"rollouts/{pk}/")
+
+    def live(self, version, pk, error_rate):
+        """Each polls, takes what it is given, works, and tells twice."""
+
+        def act(camera):
+            if camera.polls() == version and camera.version != version:
+                camera.takes(version, pk)
+            for _ in range(2):
+                new = camera.version == version
+                camera.works(150, error_rate if new else 0.005)
+                camera.tells(pk if new else "")
+
+        self.each(act)
+
+
+@pytest.fixture(scope="module")
+def fleet(embedded, tmp_path_factory):
+    """Thirty devices that have run a release for a while."""
+    shop = Shop(embedded, tmp_path_factory.mktemp("shop"))
+    shop.roll_out(1.0)
+    made = Fleet(shop, [Camera(shop, shop.enrol(f"{shop.model}-{at}"), at) for at in range(DEVICES)])
+
+    def settle(camera):
+        camera.takes("1.0.0", 0)
+        camera.works(2_000, 0.005)
+        camera.tells("")
+
+    made.each(settle)
+    return made
+
+
+def test_a_release_that_fails_a_fifth_of_all_calls_is_halted_by_the_guard_that_says_so(fleet):
+    version, pk = fleet.starts(2.0, guards=GUARDS)
+    fleet.live(version, pk, 0.2)
+
+    eventually(lambda: fleet.rollout(pk)["state"] == "halted", "the guard to halt it")
+
+    halted = fleet.rollout(pk)
+    assert halted["reason"].startswith("inference errors: ")
+    assert "on 3 unexposed" not in halted["reason"]
+    assert {each["guard"] for each in halted["readings"]} == {"failures", "errors", "latency"}
+    assert {camera.polls() for camera in fleet.cameras} == {"1.0.0"}
+    print(halted["reason"])
+
+
+def test_a_healthy_release_goes_through_all_stages_under_the_same_guards(fleet):
+    for camera in fleet.cameras:
+        if camera.version != "1.0.0":
+            camera.takes("1.0.0", 0)
+            camera.works(500, 0.005)
+            camera.tells("")
+    version, pk = fleet.starts(3.0, guards=GUARDS)
+    fleet.live(version, pk, 0.005)
+    eventually(lambda: fleet.rollout(pk)["stage_index"] == 1, "the first stage to pass")
+    fleet.live(version, pk, 0.005)
+
+    eventually(lambda: fleet.rollout(pk)["state"] == "completed", "it to complete")
+    for each in fleet.rollout(pk)["readings"]:
+        print(each["sentence"])
