@@ -15,7 +15,7 @@ PURE = [
     *sorted((ROOT / "device_sdk" / "protocol").rglob("*.py")),
     ROOT / "device_sdk" / "updater.py",
     ROOT / "device_sdk" / "sampling.py",
-    ROOT / "fleet" / "rollouts" / "policy.py",
+    *(ROOT / "fleet" / "rollouts" / f"{name}.py" for name in ("policy", "guards", "quality", "betting")),
 ]
 # What decides without IO, clock, chance or Django may be made of these. Typing aside, `datetime` gives types only.
 INNOCENT = {
@@ -24,7 +24,10 @@ INNOCENT = {
     "numbers", "numpy", "numpy.typing", "operator", "random", "re", "statistics", "string", "struct", "types",
     "typing", "unicodedata", "urllib.parse", "uuid", "zlib",
 }  # fmt: skip
-PURE_OURS = ("device_sdk.protocol", "device_sdk.updater", "device_sdk.sampling")
+PURE_OURS = (
+    "device_sdk.protocol", "device_sdk.updater", "device_sdk.sampling",
+    *(f"fleet.rollouts.{name}" for name in ("policy", "guards", "quality", "betting")),
+)  # fmt: skip
 # Names that reach the clock, the disk or global chance even from an innocent module.
 IMPURE_CALLS = {
     "open", "print", "input", "exec", "eval", "__import__", "datetime.now", "datetime.utcnow", "datetime.today",

@@ -94,7 +94,7 @@ def _chart(rows: list[GuardReading], terms: guards.Terms) -> dict[str, Any]:
 
 
 def _line(row: GuardReading, moments: list[int], place: int) -> dict[str, Any]:
-    values, last, told = [], 0.0, {at: value for at, value in row.points}
+    values, last, told = [], 0.0, dict(row.points)
     for at in moments:
         last = told.get(at, last)
         values.append(round(last / math.log(10), 2))

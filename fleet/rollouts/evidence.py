@@ -208,13 +208,20 @@ def _readings(rollout: Rollout, terms: guards.Terms) -> Iterable[guards.Reading]
         yield guards.reading(name, terms, compared, stages)
 
 
-def _updates(rollout: Rollout) -> tuple[int, int]:
-    """Devices that began since the evidence began, and how many of these failed. Who ran it before has no step."""
-    began = Outcome.objects.filter(rollout=rollout).exclude(step="")
-    if rollout.evidence_since is not None:
-        began = began.filter(first_at__gte=rollout.evidence_since)
-    counts = began.aggregate(began=Count("pk"), failed=Count("pk", filter=Q(state=Outcome.State.FAILED)))
-    return counts["began"], counts["failed"]
+def _updates(rollout: Rollout) -> tuple[int, int, int]:
+    """Devices that ever began; that began, or began again, since the evidence did; and how many of these failed.
+
+    Who ran it before has no step. A resume accepts the failures so far: `forgiven` counts them, and who failed does not
+    begin again. Who went on running it has nothing to begin, and is still known about.
+    """
+    said = Outcome.objects.filter(rollout=rollout).exclude(step="")
+    since = Q(changed_at__gte=rollout.evidence_since) if rollout.evidence_since else Q()
+    failures = Q(state=Outcome.State.FAILED)
+    ever, began, failed = said.aggregate(
+        ever=Count("pk"), began=Count("pk", filter=since), failed=Count("pk", filter=failures)
+    ).values()
+    failed = max(failed - rollout.forgiven, 0)
+    return ever, max(began, failed), failed
 
 
 def _remembered(

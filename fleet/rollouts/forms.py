@@ -107,6 +107,7 @@ class RolloutForm(forms.ModelForm):  # type: ignore[type-arg]
     )
     false_alarm_percent = forms.FloatField(
         label="False alarms (%)",
+        required=False,
         initial=1,
         min_value=0.0001,
         max_value=50,
@@ -115,6 +116,7 @@ class RolloutForm(forms.ModelForm):  # type: ignore[type-arg]
     )
     guard_devices = forms.IntegerField(
         label="Devices compared",
+        required=False,
         initial=1,
         min_value=0,
         widget=UnfoldAdminIntegerFieldWidget,
@@ -122,6 +124,7 @@ class RolloutForm(forms.ModelForm):  # type: ignore[type-arg]
     )
     guard_calls = forms.IntegerField(
         label="Calls compared",
+        required=False,
         initial=50,
         min_value=1,
         widget=UnfoldAdminIntegerFieldWidget,
@@ -176,15 +179,17 @@ class RolloutForm(forms.ModelForm):  # type: ignore[type-arg]
             "on_failure": given["on_failure"],
             "urgent": given["urgent"],
             "window": window,
-            "guards": self._guards(),
+            "guards": self._guards() if given["guards"] else {},
             "conditions": {name: (given[name] or 0) * unit for name, unit in _UNITS.items() if given[name]}
             | {name: True for name in CONDITION_FLAGS if given[name]},
         }
 
     def _guards(self) -> dict[str, Any]:
-        given = self.cleaned_data
-        plain = {"false_alarm": given["false_alarm_percent"] / 100, "devices": given["guard_devices"]}
-        return {**given["guards"], **plain, "calls": given["guard_calls"]} if given["guards"] else {}
+        """What is left empty is as usual."""
+        given, percent = self.cleaned_data, self.cleaned_data["false_alarm_percent"]
+        plain = {"devices": given["guard_devices"], "calls": given["guard_calls"]}
+        plain["false_alarm"] = percent and percent / 100
+        return {**given["guards"], **{name: value for name, value in plain.items() if value is not None}}
 
 
 _UNITS = {"free_disk": 10**6, "free_memory": 10**6, "daily": 10**6, "rate": 1000}

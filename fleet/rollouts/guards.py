@@ -257,7 +257,7 @@ class Reading:
         return f"{scale.label}: {text}; evidence {odds(self.peak)}, halts at {odds(terms.bound)}"
 
 
-def failures_reading(terms: Terms, began: int, failed: int) -> Reading:
+def failures_reading(terms: Terms, ever: int, began: int, failed: int) -> Reading:
     """Of updates. A device counts from when it began, as good until it fails, and so in the order of beginning.
 
     Counted by when they report, failures would come first (they are quick, success takes a probation), and any healthy
@@ -266,7 +266,7 @@ def failures_reading(terms: Terms, began: int, failed: int) -> Reading:
     """
     side = Side({0: began - failed, betting.BINS: failed}, began, float(failed), float(failed))
     log = float(betting.log_evidence_of_share(failed, began - failed, terms.effect(FAILURES))) if began else 0.0
-    found = Reading(FAILURES, began, log, Comparison(0, 0, side))
+    found = Reading(FAILURES, ever, log, Comparison(0, 0, side))
     return _with_limit(found, terms, [side])
 
 
@@ -277,7 +277,7 @@ def reading(name: str, terms: Terms, comparisons: Sequence[Comparison], stages: 
     weights = [AGE_WEIGHTS[each.age] / max(stages, 1) for each in comparisons]
     rest = max(1 - sum(weights), 0.0)  # what is not compared yet has bet nothing
     total = betting.log_mean([*logs, 0.0], [*weights, rest])
-    loudest = max(range(len(logs)), key=lambda at: (logs[at] + math.log(weights[at]), -at), default=None)
+    loudest = max(range(len(logs)), key=lambda at: (max(logs[at], 0.0), comparisons[at].exposed.devices), default=None)
     strongest = Comparison(0, 0) if loudest is None else comparisons[loudest]
     compared = sum(each.exposed.devices for each in comparisons if each.age == 0)
     ages = [[each.exposed for each in comparisons if each.age == age] for age in range(len(AGES))]
@@ -354,7 +354,7 @@ def fewest(name: str, terms: Terms, exposed: int, unexposed: int, stages: int) -
 
 def _halts(name: str, terms: Terms, exposed: int, unexposed: int, stages: int, bad: int) -> bool:
     if name == FAILURES:
-        return failures_reading(terms, exposed, bad).evidence >= terms.bound
+        return failures_reading(terms, exposed, exposed, bad).evidence >= terms.bound
     scale, sides = SCALES[name], (Side(), Side())
     same = (betting.to_bin(scale.score(0.0), exposed=True), betting.to_bin(scale.score(0.0), exposed=False))
     sides[0].bins, sides[0].devices = {same[0]: exposed - bad, betting.BINS: bad}, exposed

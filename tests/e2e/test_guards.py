@@ -1,8 +1,9 @@
-"""Thirty devices on the real server, by the doors that devices and operators use: a bad release, then a good one."""
+"""Twenty devices on the real server, by the doors that devices and operators use: a bad release, and a good one."""
 
 import json
 import random
 import secrets
+import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
@@ -13,12 +14,12 @@ from device_sdk.protocol import events
 from device_sdk.protocol.events import Event, EventPost
 from device_sdk.protocol.names import ReleasePath
 from device_sdk.protocol.polls import EVENTS
-from tests.attacks.world import Shop, eventually
+from tests.attacks.world import Shop
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(180)]
-DEVICES = 30
-GUARDS = {"failures": {}, "errors": {}, "latency": {}, "devices": 5, "calls": 100}
-STAGES = [{"percent": 40, "min_reports": 4}, {"percent": 100, "min_reports": 20}]
+DEVICES = 20
+GUARDS = {"failures": {}, "errors": {}, "devices": 5, "calls": 100}
+STAGES = [{"percent": 50, "min_reports": 9}, {"percent": 100, "min_reports": 16}]
 
 
 @dataclass
@@ -89,8 +90,25 @@ class Fleet:
         self.shop.api("POST", f"rollouts/{made['id']}/start/", {})
         return version, made["id"]
 
+    def goes_back(self):
+        def act(camera):
+            if camera.version != "1.0.0":
+                camera.takes("1.0.0", 0)
+                camera.works(500, 0.005)
+                camera.tells("")
+
+        self.each(act)
+
     def rollout(self, pk):
         return self.shop.api("GET", f"rollouts/{pk}/")
+
+    def becomes(self, pk, **wanted):
+        """The rollout, once it is so; looked at no more often than the engine ticks."""
+        deadline = time.monotonic() + 60
+        while any((found := self.rollout(pk))[name] != value for name, value in wanted.items()):
+            assert time.monotonic() < deadline, (wanted, found["state"], found["stage_index"], found["reason"])
+            time.sleep(0.5)
+        return found
 
     def live(self, version, pk, error_rate):
         """Each polls, takes what it is given, works, and tells twice."""
@@ -108,7 +126,7 @@ class Fleet:
 
 @pytest.fixture(scope="module")
 def fleet(embedded, tmp_path_factory):
-    """Thirty devices that have run a release for a while."""
+    """Devices that have run a release for a while."""
     shop = Shop(embedded, tmp_path_factory.mktemp("shop"))
     shop.roll_out(1.0)
     made = Fleet(shop, [Camera(shop, shop.enrol(f"{shop.model}-{at}"), at) for at in range(DEVICES)])
@@ -122,31 +140,22 @@ def fleet(embedded, tmp_path_factory):
     return made
 
 
-def test_a_release_that_fails_a_fifth_of_all_calls_is_halted_by_the_guard_that_says_so(fleet):
+def test_the_guard_halts_a_fifth_of_failed_calls_and_lets_the_resumed_rollout_of_a_healthy_model_through(fleet):
+    """The same release twice: first a service that the model calls is away, then it is back, and a person resumes."""
     version, pk = fleet.starts(2.0, guards=GUARDS)
     fleet.live(version, pk, 0.2)
 
-    eventually(lambda: fleet.rollout(pk)["state"] == "halted", "the guard to halt it")
+    halted = fleet.becomes(pk, state="halted")
 
-    halted = fleet.rollout(pk)
     assert halted["reason"].startswith("inference errors: ")
-    assert "on 3 unexposed" not in halted["reason"]
-    assert {each["guard"] for each in halted["readings"]} == {"failures", "errors", "latency"}
+    assert {each["guard"] for each in halted["readings"]} == {"failures", "errors"}
     assert {camera.polls() for camera in fleet.cameras} == {"1.0.0"}
-    print(halted["reason"])
-
-
-def test_a_healthy_release_goes_through_all_stages_under_the_same_guards(fleet):
-    for camera in fleet.cameras:
-        if camera.version != "1.0.0":
-            camera.takes("1.0.0", 0)
-            camera.works(500, 0.005)
-            camera.tells("")
-    version, pk = fleet.starts(3.0, guards=GUARDS)
+    fleet.goes_back()
+    fleet.shop.api("POST", f"rollouts/{pk}/resume/", {"comment": "the lens service is back"})
     fleet.live(version, pk, 0.005)
-    eventually(lambda: fleet.rollout(pk)["stage_index"] == 1, "the first stage to pass")
+    fleet.becomes(pk, stage_index=1)
     fleet.live(version, pk, 0.005)
-
-    eventually(lambda: fleet.rollout(pk)["state"] == "completed", "it to complete")
-    for each in fleet.rollout(pk)["readings"]:
-        print(each["sentence"])
+    done = fleet.becomes(pk, state="completed")
+    compared = {each["guard"]: each["compared"] for each in done["readings"]}
+    assert compared["errors"] >= 5
+    assert compared["failures"] >= 16, "of those who began after the resume"

@@ -65,7 +65,7 @@ def test_no_more_healthy_rollouts_halt_than_stated_though_looked_at_all_the_time
     """As bad as healthy can be: the exposed are worse by all that is let pass, and have shorter spans."""
     rng = np.random.default_rng(7)
     scale = guards.SCALES[name]
-    rollouts = 1_000
+    rollouts = 600
     exposed, unexposed = Devices(rollouts, 60, calls=60, shift=scale.effect), Devices(rollouts, 120, calls=200)
     halted = simulation.halted(name, rng, exposed, unexposed, looks=12, limit=simulation.bound(1))
     assert np.isfinite(halted).mean() <= ALARM
