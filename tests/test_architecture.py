@@ -12,14 +12,14 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
+DECIDING = ("policy", "facts", "variants", "stages", "explaining", "guards", "quality", "betting")  # of rollouts
 PURE = [
     *sorted((ROOT / "device_sdk" / "protocol").rglob("*.py")),
     ROOT / "device_sdk" / "updater.py",
     ROOT / "device_sdk" / "counts.py",
     ROOT / "device_sdk" / "comparison.py",
     ROOT / "device_sdk" / "sampling.py",
-    ROOT / "fleet" / "rollouts" / "policy.py",
-    *(ROOT / "fleet" / "rollouts" / f"{name}.py" for name in ("explaining", "facts", "stages", "variants")),
+    *(ROOT / "fleet" / "rollouts" / f"{name}.py" for name in DECIDING),
     ROOT / "fleet" / "devices" / "selection.py",
 ]
 # What decides without IO, clock, chance or Django may be made of these. Typing aside, `datetime` gives types only.
@@ -31,8 +31,7 @@ INNOCENT = {
 }  # fmt: skip
 PURE_OURS = (
     "device_sdk.protocol", "device_sdk.updater", "device_sdk.counts", "device_sdk.comparison", "device_sdk.sampling",
-    "fleet.devices.selection", "fleet.errors", "fleet.rollouts.facts", "fleet.rollouts.policy", "fleet.rollouts.stages",
-    "fleet.rollouts.variants",
+    "fleet.devices.selection", "fleet.errors", *(f"fleet.rollouts.{name}" for name in DECIDING),
 )  # fmt: skip
 # Names that reach the clock, the disk or global chance even from an innocent module.
 IMPURE_CALLS = {

@@ -11,9 +11,9 @@ from fleet.devices.models import Device, DeviceEvent, Group, ModelStatus
 from fleet.feedback.models import Batch, Campaign
 from fleet.releases import selectors as release_selectors
 from fleet.releases.models import Model, Release, Variant
-from fleet.rollouts import selectors
+from fleet.rollouts import evidence, selectors
 from fleet.rollouts.explaining import Explanation
-from fleet.rollouts.models import Rollout, RolloutAction, Stage
+from fleet.rollouts.models import GuardReading, Rollout, RolloutAction, Stage
 from fleet.rollouts.services import StagePlan
 
 
@@ -163,6 +163,14 @@ class ActionSerializer(serializers.ModelSerializer[RolloutAction]):
         fields = ("action", "actor", "comment", "at")
 
 
+class GuardReadingSerializer(serializers.ModelSerializer[GuardReading]):
+    evidence = serializers.FloatField(help_text="natural logarithm of the evidence now; the guard halts by the peak")
+
+    class Meta:
+        model = GuardReading
+        fields = ("guard", "compared", "unexposed", "evidence", "peak", "sentence", "at")
+
+
 class RolloutSerializer(serializers.ModelSerializer[Rollout]):
     model = serializers.CharField(source="release.model.name", read_only=True)
     version = serializers.CharField(source="release.version", read_only=True)
@@ -174,8 +182,7 @@ class RolloutSerializer(serializers.ModelSerializer[Rollout]):
         fields: tuple[str, ...] = (
             "id", "release", "model", "version", "group", "selector", "exclude", "exclude_group", "state", "reason",
             "stage_index", "stage_since", "stages", "on_failure", "urgent", "window", "probation", "conditions",
-            "max_hold", "forgive", "created_by",
-            "created_at", "started_at", "finished_at",
+            "guards", "max_hold", "forgive", "created_by", "created_at", "started_at", "finished_at",
         )  # fmt: skip
 
 
@@ -183,10 +190,15 @@ class RolloutDetailSerializer(RolloutSerializer):
     """With what takes a look at the devices."""
 
     progress = serializers.SerializerMethodField()
+    readings = serializers.SerializerMethodField()
     actions = ActionSerializer(many=True, read_only=True)
 
     class Meta(RolloutSerializer.Meta):
-        fields = (*RolloutSerializer.Meta.fields, "progress", "actions")
+        fields = (*RolloutSerializer.Meta.fields, "progress", "readings", "actions")
+
+    @extend_schema_field(GuardReadingSerializer(many=True))
+    def get_readings(self, rollout: Rollout) -> Any:
+        return GuardReadingSerializer(evidence.readings(rollout), many=True).data
 
     def get_progress(self, rollout: Rollout) -> ProgressSerializer:
         return ProgressSerializer(selectors.progress(rollout)).data  # type: ignore[return-value]  # for the schema
@@ -246,6 +258,29 @@ class ConditionsSerializer(serializers.Serializer[Any]):
     )
 
 
+class GuardTermsSerializer(serializers.Serializer[Any]):
+    effect = serializers.FloatField(required=False, help_text="worsening that is let pass; left out: the usual")
+    limit = serializers.FloatField(required=False, help_text="plain threshold of the exposed devices' mean")
+    test = serializers.BooleanField(required=False, help_text="compare exposed with unexposed (default)")
+
+
+class GuardsSerializer(serializers.Serializer[Any]):
+    """Each named guard is on. The service refuses what is out of bounds."""
+
+    failures = GuardTermsSerializer(required=False)
+    errors = GuardTermsSerializer(required=False)  # type: ignore[assignment]  # shadows a property that nobody reads
+    invalid = GuardTermsSerializer(required=False)
+    latency = GuardTermsSerializer(required=False, help_text="limit in milliseconds, effect as a ratio")
+    confidence = GuardTermsSerializer(required=False)
+    classes = GuardTermsSerializer(required=False)
+    false_alarm = serializers.FloatField(required=False, help_text="chance that a healthy rollout is ever halted")
+    devices = serializers.IntegerField(
+        required=False, help_text="exposed devices each guard compares before a stage passes"
+    )
+    calls = serializers.IntegerField(required=False, help_text="calls that make a device comparable")
+    limit_devices = serializers.IntegerField(required=False, help_text="devices that a plain limit needs")
+
+
 class RolloutCreateSerializer(serializers.Serializer[Rollout]):
     release = serializers.PrimaryKeyRelatedField(queryset=Release.objects.select_related("model"))
     group = serializers.PrimaryKeyRelatedField(queryset=Group.objects.all(), allow_null=True, default=None)
@@ -262,6 +297,7 @@ class RolloutCreateSerializer(serializers.Serializer[Rollout]):
         default=MAX_HOLD, min_value=0, max_value=LONGEST_HOLD, help_text="seconds for which a program may put it off"
     )
     forgive = serializers.BooleanField(default=False, help_text="devices that quarantined the release try it again")
+    guards = GuardsSerializer(allow_null=True, default=None)
 
 
 class CommentSerializer(serializers.Serializer[Any]):

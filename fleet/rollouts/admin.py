@@ -61,6 +61,7 @@ class RolloutAdmin(KeptAdmin):
     add_fieldsets = (
         (None, {"fields": ("release", "group", "selector", "exclude_group", "exclude")}),
         ("Stages", {"fields": ("percents", "soak_minutes", "success_percent", "min_reports", "failure_budget")}),
+        ("Guards", {"fields": ("guards", "false_alarm_percent", "guard_devices", "guard_calls")}),
         ("On the device", {"fields": ("on_failure", "urgent", "window_start", "window_end", "start_now")}),
         ("Probation", {"fields": watch.FIELDS}),
         ("It waits until", {"fields": (*CONDITION_FLAGS, *CONDITION_SIZES)}),

@@ -5,6 +5,7 @@ from typing import Any
 
 from django import forms
 from unfold.widgets import (
+    UnfoldAdminDecimalFieldWidget,
     UnfoldAdminIntegerFieldWidget,
     UnfoldAdminSelectWidget,
     UnfoldAdminTextInputWidget,
@@ -17,7 +18,7 @@ from fleet.devices.forms import SelectorField
 from fleet.devices.models import Group
 from fleet.errors import Invalid
 from fleet.releases.models import Release
-from fleet.rollouts import services, targeting
+from fleet.rollouts import guards, services, targeting
 from fleet.rollouts.models import Rollout
 from fleet.rollouts.terms.watch import WatchFields
 
@@ -111,6 +112,38 @@ class RolloutForm(WatchFields, forms.ModelForm):  # type: ignore[type-arg]
         help_text="Of each device, urgent or not. Empty: no limit.",
     )
     daily = _megabytes("Download a day (MB)", "Of each device. Empty: no limit.")
+    guards = forms.CharField(
+        required=False,
+        initial=guards.USUAL,
+        widget=UnfoldAdminTextInputWidget,
+        help_text=f"Of {', '.join(guards.SCALES)}; each may have effect=, limit= and test=no: "
+        "errors effect=0.01 limit=0.05, latency. Empty: none.",
+    )
+    false_alarm_percent = forms.FloatField(
+        label="False alarms (%)",
+        required=False,
+        initial=1,
+        min_value=0.0001,
+        max_value=50,
+        widget=UnfoldAdminDecimalFieldWidget,
+        help_text="Chance that a healthy rollout is ever halted by its guards, looked at all the time.",
+    )
+    guard_devices = forms.IntegerField(
+        label="Devices compared",
+        required=False,
+        initial=1,
+        min_value=0,
+        widget=UnfoldAdminIntegerFieldWidget,
+        help_text="Exposed devices that each guard must have compared before a stage passes.",
+    )
+    guard_calls = forms.IntegerField(
+        label="Calls compared",
+        required=False,
+        initial=50,
+        min_value=1,
+        widget=UnfoldAdminIntegerFieldWidget,
+        help_text="Calls after which a device can be compared.",
+    )
     start_now = forms.BooleanField(
         label="Start at once", required=False, widget=UnfoldBooleanSwitchWidget, help_text="Else it waits as a draft."
     )
@@ -127,6 +160,12 @@ class RolloutForm(WatchFields, forms.ModelForm):  # type: ignore[type-arg]
             raise forms.ValidationError(error.message) from error
         return stages
 
+    def clean_guards(self) -> dict[str, Any]:
+        try:
+            return guards.parse_text(self.cleaned_data["guards"])
+        except ValueError as error:
+            raise forms.ValidationError(str(error)) from error
+
     def clean(self) -> dict[str, Any]:
         given = super().clean() or self.cleaned_data
         if (given.get("window_start") is None) != (given.get("window_end") is None):
@@ -136,7 +175,7 @@ class RolloutForm(WatchFields, forms.ModelForm):  # type: ignore[type-arg]
     def terms(self) -> dict[str, Any]:
         """What `services.create` takes."""
         given = self.cleaned_data
-        guards = {
+        plan = {
             "soak_seconds": given["soak_minutes"] * 60,
             "success_threshold": given["success_percent"] / 100,
             "min_reports": given["min_reports"],
@@ -149,14 +188,22 @@ class RolloutForm(WatchFields, forms.ModelForm):  # type: ignore[type-arg]
             "release": given["release"],
             "group": given["group"],
             **{name: given[name] for name in ("selector", "exclude", "exclude_group")},
-            "stages": [services.StagePlan(**stage, **guards) for stage in given["percents"]],
+            "stages": [services.StagePlan(**stage, **plan) for stage in given["percents"]],
             "on_failure": given["on_failure"],
             "urgent": given["urgent"],
             "window": window,
+            "guards": self._guards() if given["guards"] else {},
             "conditions": {name: (given[name] or 0) * unit for name, unit in _UNITS.items() if given[name]}
             | {name: True for name in CONDITION_FLAGS if given[name]},
             **self.watch_terms(),
         }
+
+    def _guards(self) -> dict[str, Any]:
+        """What is left empty is as usual."""
+        given, percent = self.cleaned_data, self.cleaned_data["false_alarm_percent"]
+        plain = {"devices": given["guard_devices"], "calls": given["guard_calls"]}
+        plain["false_alarm"] = percent and percent / 100
+        return {**given["guards"], **{name: value for name, value in plain.items() if value is not None}}
 
 
 _UNITS = {"free_disk": 10**6, "free_memory": 10**6, "daily": 10**6, "rate": 1000}

@@ -44,6 +44,9 @@ class Rollout(models.Model):
     conditions = models.JSONField(default=dict, blank=True)  # see protocol.assignment.Conditions
     max_hold = models.PositiveIntegerField(default=MAX_HOLD)  # seconds for which a program may put it off
     forgive = models.BooleanField(default=False)  # devices that quarantined the release try it again
+    guards = models.JSONField(default=dict, blank=True)  # see guards.Terms; empty: none
+    evidence_run = models.PositiveIntegerField(default=0, editable=False)  # begins anew with each resume
+    evidence_since = models.DateTimeField(null=True, blank=True, editable=False)  # when this run of evidence began
     created_by = models.ForeignKey("auth.User", null=True, blank=True, on_delete=models.SET_NULL, related_name="+")
     created_at = models.DateTimeField(auto_now_add=True)
     started_at = models.DateTimeField(null=True, blank=True)
@@ -115,6 +118,88 @@ class Outcome(models.Model):
 
     def __str__(self) -> str:
         return f"{self.device_id} {self.state}"
+
+
+class Watch(models.Model):
+    """One device in the comparison of a rollout's guards: its numbers before, and where the present span began.
+
+    An unexposed device is compared anew in each stage, so that both sides are of the same hours.
+    """
+
+    rollout = models.ForeignKey(Rollout, on_delete=models.CASCADE, related_name="watches")
+    run = models.PositiveIntegerField()
+    stage = models.PositiveIntegerField()  # 0 where exposed
+    device = models.ForeignKey("devices.Device", on_delete=models.CASCADE, related_name="+")
+    exposed = models.BooleanField()
+    since = models.DateTimeField()
+    age = models.PositiveIntegerField(default=0)  # which of guards.AGES is next
+    before = models.JSONField()  # quality.Numbers; empty: nothing to compare with
+    base = models.JSONField()  # the counts at which the present span began
+    scores = models.JSONField(default=dict)  # the newest scores by guard
+
+    class Meta:
+        constraints: ClassVar = [
+            models.UniqueConstraint(fields=["rollout", "run", "stage", "device", "exposed"], name="one_watch"),
+        ]
+
+    def __str__(self) -> str:
+        return f"{self.device_id} {'exposed' if self.exposed else 'unexposed'}"
+
+
+class Finding(models.Model):
+    """What one device adds to a comparison: waits here until a tick has folded it in, and is then deleted."""
+
+    rollout = models.ForeignKey(Rollout, on_delete=models.CASCADE, related_name="findings")
+    run = models.PositiveIntegerField()
+    stage = models.PositiveIntegerField()
+    age = models.PositiveIntegerField()
+    exposed = models.BooleanField()
+    changes = models.JSONField()  # guard to [now, change]
+
+    def __str__(self) -> str:
+        return f"{self.rollout_id} stage {self.stage} age {self.age}"
+
+
+class Sheet(models.Model):
+    """All that was folded of one stage and age: histograms by guard and side. Its size does not grow with devices."""
+
+    rollout = models.ForeignKey(Rollout, on_delete=models.CASCADE, related_name="sheets")
+    run = models.PositiveIntegerField()
+    stage = models.PositiveIntegerField()
+    age = models.PositiveIntegerField()
+    sides = models.JSONField(default=dict)  # guard to [exposed, unexposed], see guards.Side
+
+    class Meta:
+        constraints: ClassVar = [
+            models.UniqueConstraint(fields=["rollout", "run", "stage", "age"], name="one_sheet"),
+        ]
+
+    def __str__(self) -> str:
+        return f"{self.rollout_id} stage {self.stage} age {self.age}"
+
+
+class GuardReading(models.Model):
+    """What a guard last saw, for pages, metrics and the API; and the highest evidence, which is what halts."""
+
+    rollout = models.ForeignKey(Rollout, on_delete=models.CASCADE, related_name="readings")
+    run = models.PositiveIntegerField()
+    guard = models.CharField(max_length=16)
+    compared = models.PositiveIntegerField()
+    unexposed = models.PositiveIntegerField()
+    evidence = models.FloatField()  # natural logarithm
+    peak = models.FloatField()
+    sentence = models.CharField(max_length=500)
+    points = models.JSONField(default=list)  # [unix seconds, evidence], thinned
+    at = models.DateTimeField()
+
+    class Meta:
+        ordering: ClassVar = ["id"]
+        constraints: ClassVar = [
+            models.UniqueConstraint(fields=["rollout", "run", "guard"], name="one_reading"),
+        ]
+
+    def __str__(self) -> str:
+        return f"{self.rollout_id} {self.guard}"
 
 
 class RolloutAction(models.Model):

@@ -24,7 +24,7 @@ from fleet.errors import Conflict, Invalid
 from fleet.releases import selectors as releases
 from fleet.releases.deltas import services as deltas
 from fleet.releases.models import Release
-from fleet.rollouts import policy, selectors, snapshots, targeting
+from fleet.rollouts import evidence, guards, policy, selectors, snapshots, targeting
 from fleet.rollouts.models import Outcome, Rollout, RolloutAction, Stage
 from fleet.rollouts.terms import watch
 
@@ -93,10 +93,12 @@ def create(  # noqa: PLR0913  # a rollout has so many terms
     selector: str = "",
     exclude: str = "",
     exclude_group: Group | None = None,
+    guards: Mapping[str, Any] | None = None,
 ) -> Rollout:
     """Draft a rollout of a valid release. `group` None: every device; `window` to `forgive` are as on the wire.
 
-    `selector` narrows the group, `exclude` and `exclude_group` leave devices of it out: see `devices.selection`.
+    `selector` narrows the group, `exclude` and `exclude_group` leave devices of it out: see `devices.selection`. For
+    `guards` see `guards.Terms`.
     """
     _check_release(release)
     reached = targeting.percents(stages)
@@ -114,6 +116,7 @@ def create(  # noqa: PLR0913  # a rollout has so many terms
         conditions=_checked_conditions(conditions),
         max_hold=watch.checked_max_hold(max_hold),
         forgive=forgive,
+        guards=evidence.checked(guards),
         created_by=actor if isinstance(actor, User) else None,
         **targeting.checked(selector=selector, exclude=exclude, exclude_group=exclude_group),
     )
@@ -133,6 +136,7 @@ def create(  # noqa: PLR0913  # a rollout has so many terms
         "conditions": rollout.conditions,
         "max_hold": max_hold,
         "forgive": forgive,
+        "guards": rollout.guards,
     }
     _log(rollout.pk, CREATE, actor, "", plan)
     return rollout
@@ -144,7 +148,7 @@ def start(*, rollout: Rollout | int, actor: User | str, comment: str = "") -> Ro
     row = _fetch(rollout)
     _check_release(row.release)
     now = timezone.now()
-    moved = _move(row, START, actor, comment, started_at=now, stage_since=now, salt=_fair_salt(row))
+    moved = _move(row, START, actor, comment, started_at=now, stage_since=now, evidence_since=now, salt=_fair_salt(row))
     Stage.objects.filter(rollout=moved, index=0).update(entered_at=now)
     _credit_those_who_run_it(moved)
     if deltas.order(release=row.release):  # devices may run something else than when it was published
@@ -163,7 +167,9 @@ def resume(*, rollout: Rollout | int, actor: User | str, comment: str = "") -> R
     row = _fetch(rollout)
     _check_release(row.release)
     failures = selectors.outcome_counts(row)[Outcome.State.FAILED]
-    return _move(row, RESUME, actor, comment, stage_since=timezone.now(), forgiven=failures)
+    now, run = timezone.now(), row.evidence_run + 1  # what halted it is accepted: the guards begin anew
+    changes = {"stage_since": now, "forgiven": failures, "evidence_run": run, "evidence_since": now}
+    return _move(row, RESUME, actor, comment, **changes)
 
 
 def cancel(*, rollout: Rollout | int, actor: User | str, comment: str = "") -> Rollout:
@@ -321,12 +327,12 @@ def tick() -> None:
 
 
 def _step(rollout: Rollout, now: datetime) -> None:
-    rules = _stage_rules(rollout)
+    rules, asked = _stage_rules(rollout), evidence.ask(rollout, now)
     quick = selectors.tally(rollout, counted=False)
     worthwhile = policy.enough_reports(rules, quick, now)
     decision = policy.next_step(rules, selectors.tally(rollout, counted=True) if worthwhile else quick, now)
     try:
-        _apply(rollout, decision, now)
+        _apply(rollout, guards.before_success(asked, rollout.on_failure, decision), now)
     except Conflict:
         logger.info("rollout_moved_meanwhile", rollout=rollout.pk)
 

@@ -6,7 +6,7 @@ from django import template
 from django.utils import timezone
 
 from fleet import presentation
-from fleet.dashboard import pages, selectors, why
+from fleet.dashboard import guard_page, pages, selectors, why
 from fleet.rollouts import services
 from fleet.rollouts.models import Rollout
 
@@ -87,6 +87,7 @@ def action_tone(action: str) -> str:
 
 
 register.simple_tag(pages.guards, name="rollout_guards")
+register.simple_tag(guard_page.evidence_of, name="rollout_evidence")
 register.simple_tag(pages.outcomes, name="rollout_outcomes")
 register.simple_tag(pages.device, name="device_page")
 register.simple_tag(why.device_why)

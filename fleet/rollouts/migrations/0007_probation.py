@@ -6,7 +6,7 @@ from django.db import migrations, models
 class Migration(migrations.Migration):
 
     dependencies = [
-        ('rollouts', '0003_rings_and_excludes'),
+        ('rollouts', '0004_guards'),
     ]
 
     operations = [

@@ -9,7 +9,7 @@ from django.core.management.base import BaseCommand, CommandError
 from fleet.devices.models import Group
 from fleet.errors import FleetError
 from fleet.releases.models import Release
-from fleet.rollouts import selectors, services, targeting
+from fleet.rollouts import evidence, guards, selectors, services, targeting
 from fleet.rollouts.models import Rollout
 from fleet.rollouts.terms import watch
 
@@ -32,6 +32,12 @@ SIZES = {
     "free_memory": "that must be free when it begins",
     "rate": "a second of downloads",
     "daily": "a day of downloads",
+}
+GUARD = f"{', '.join(guards.SCALES)}; with effect=, limit= or test=no; may be repeated, commas also separate"
+GUARD_SETTINGS = {
+    "false_alarm": (float, "chance that a healthy rollout is ever halted by its guards (0.01)"),
+    "guard_devices": (int, "exposed devices each guard compares before a stage passes (1)"),
+    "guard_calls": (int, "calls that make a device comparable (50)"),
 }
 
 
@@ -57,6 +63,9 @@ class Command(BaseCommand):
         create.add_argument("--budget", type=int, default=0, help="failures that are tolerated in each stage")
         create.add_argument("--on-failure", choices=Rollout.OnFailure.values, default=Rollout.OnFailure.ROLL_BACK)
         create.add_argument("--urgent", action="store_true", help="devices wait for free disk and memory only")
+        create.add_argument("--guard", action="append", default=[], metavar="NAME [SETTING=NUMBER ..]", help=GUARD)
+        for name, (kind, what) in GUARD_SETTINGS.items():
+            create.add_argument(f"--{name.replace('_', '-')}", type=kind, help=what)
         for name, what in CONDITIONS.items():
             create.add_argument(f"--{name}", action="store_true", help=what)
         for name, what in SIZES.items():
@@ -105,6 +114,7 @@ class Command(BaseCommand):
             stages=[services.StagePlan(**targeting.read_stage(text), **plan) for text in options["stage"] or ["100"]],
             on_failure=options["on_failure"],
             urgent=options["urgent"],
+            guards=_guards(options),
             conditions={name: options[name] for name in (*CONDITIONS, *SIZES)},
             **watch.from_options(options),
             actor=actor,
@@ -122,6 +132,19 @@ class Command(BaseCommand):
             f"{rollout}  {rollout.state}  {rollout.group or 'every device'}  stage {rollout.stage_index + 1}  "
             f"{progress.committed} committed, {progress.updating} updating, {progress.failed} failed  {rollout.reason}"
         )
+        for reading in evidence.readings(rollout):
+            self.stdout.write(f"    {reading.sentence}")
+
+
+def _guards(options: dict[str, Any]) -> dict[str, Any]:
+    try:
+        named = guards.parse_text(", ".join(options["guard"]))
+    except ValueError as error:
+        raise CommandError(str(error)) from error
+    given = {name.removeprefix("guard_"): options[name] for name in GUARD_SETTINGS if options[name] is not None}
+    if given and not named:
+        raise CommandError(f"{', '.join(given)}: of no use without --guard")
+    return {**named, **given}
 
 
 def _add_person(parser: ArgumentParser) -> None:
