@@ -67,11 +67,11 @@ def fetch(
     `disk_full`, and BudgetError where today's bytes are spent. In each case what the store holds and runs is as it was.
     """
     ends = time.monotonic() + deadline
-    meter = _Meter(manifest.length, on_progress)
+    meter = _Meter(sum(file.length for file in manifest.fetched), on_progress)
     line = _Line(transport, store, meter, ends, patcher, traffic or Traffic(None), mirror)
     fetched = Fetched()
     try:
-        for file in manifest.files:
+        for file in manifest.fetched:
             if not store.has_blob(file):
                 fetched = _together(fetched, _fetch_file(line, file))
             meter.finished(file)

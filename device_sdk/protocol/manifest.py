@@ -3,7 +3,7 @@
 Everything else hangs on it by sha256: a release is often `model.onnx` with `model.onnx.data`.
 """
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, field
 from hashlib import sha256
 from typing import Any
@@ -11,6 +11,7 @@ from typing import Any
 from device_sdk.protocol import fields, limits
 from device_sdk.protocol.errors import ProtocolError
 from device_sdk.protocol.names import ReleasePath, check_file_name, check_name, check_sha256
+from device_sdk.protocol.scores import Scores
 
 FORMAT = 1
 MODEL_SIGNATURE, ML_BOM, PROVENANCE = "model-signature", "ml-bom", "provenance"
@@ -127,10 +128,18 @@ class Manifest:
     requires: Requirements = field(default_factory=Requirements)
     metadata: Mapping[str, str] = field(default_factory=dict)
     attachments: tuple[Attachment, ...] = ()
+    scores: Scores | None = None
+    acceptance: FileEntry | None = None  # what a device asks the release before it serves; no runtime loads it
 
     @property
     def length(self) -> int:
+        """Bytes of the files that a runtime loads."""
         return sum(file.length for file in self.files)
+
+    @property
+    def fetched(self) -> tuple[FileEntry, ...]:
+        """What a device downloads and keeps: the files, and the acceptance bundle."""
+        return (*self.files, *filter(None, (self.acceptance,)))
 
     def to_bytes(self) -> bytes:
         """The exact bytes that are hashed, signed and stored."""
@@ -147,7 +156,9 @@ class Manifest:
             "metadata": dict(self.metadata),
         }
         attached = {"attachments": [asdict(item) for item in self.attachments]} if self.attachments else {}
-        return fields.canonical(content | attached)
+        scored = {"scores": self.scores.to_json()} if self.scores else {}
+        accepted = {"acceptance": asdict(self.acceptance)} if self.acceptance else {}
+        return fields.canonical(content | attached | scored | accepted)
 
     @classmethod
     def parse(cls, data: bytes) -> "Manifest":
@@ -169,6 +180,8 @@ class Manifest:
             requires=Requirements.parse(source.get("requires")),
             metadata=_metadata(source),
             attachments=_attachments(source),
+            scores=Scores.parse(source["scores"]) if "scores" in source else None,
+            acceptance=_acceptance(source, names),
         )
 
 
@@ -187,6 +200,17 @@ def _attachments(source: fields.Json) -> tuple[Attachment, ...]:
     found = tuple(Attachment.parse(item) for item in listed)
     if len({item.name for item in found}) != len(found):
         raise ProtocolError("malformed", "attachments: each name may stand once")
+    return found
+
+
+def _acceptance(source: fields.Json, names: Collection[str]) -> FileEntry | None:
+    if "acceptance" not in source:
+        return None
+    found = FileEntry.parse(source["acceptance"])
+    if found.length > limits.ACCEPTANCE:
+        raise ProtocolError("too_large", f"acceptance: expected at most {limits.ACCEPTANCE} bytes; got {found.length}")
+    if found.name in names:
+        raise ProtocolError("malformed", f"acceptance: {found.name!r} is one of the files")
     return found
 
 

@@ -4,7 +4,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from device_sdk.protocol.abilities import UNSAID, Abilities
-from device_sdk.protocol.assignment import ALWAYS, NO_CONDITIONS, Conditions, Probation, Window
+from device_sdk.protocol.assignment import ALWAYS, MAX_HOLD, NO_CONDITIONS, Conditions, Probation, Window
 from device_sdk.protocol.manifest import Requirements
 from fleet.devices.selection import EVERY, Selector
 
@@ -53,6 +53,8 @@ class RolloutRules:
     window: Window = ALWAYS
     probation: Probation = field(default_factory=Probation)
     conditions: Conditions = NO_CONDITIONS
+    max_hold: int = MAX_HOLD
+    forgive: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -21,7 +21,7 @@ about one device in words.
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from device_sdk.protocol.assignment import ALWAYS, NO_CONDITIONS, Assignment, Probation
+from device_sdk.protocol.assignment import ALWAYS, MAX_HOLD, NO_CONDITIONS, Assignment, Probation
 from device_sdk.protocol.cohorts import COHORTS, cohort
 from fleet.rollouts.facts import (
     AWAITING_APPROVAL,
@@ -163,6 +163,8 @@ def _assignment(step: Step, rollout: RolloutRules | None, *, stop: bool) -> Assi
         window=rollout.window if rollout else ALWAYS,
         probation=rollout.probation if rollout else Probation(),
         conditions=rollout.conditions if rollout else NO_CONDITIONS,
+        max_hold=rollout.max_hold if rollout else MAX_HOLD,
+        forgive=rollout.forgive if rollout else False,
         stop=stop,
     )
 

@@ -1,7 +1,7 @@
 """What can be asked about rollouts: a device's assignments, how far a rollout is, and why a device lags."""
 
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
 
@@ -29,12 +29,12 @@ def assignments_for(device: Device, *, runs: Mapping[str, str] | None = None) ->
 
     `runs` is what it says it runs now; None: what the server knows.
     """
-    return list(policy.desired(snapshots.current(), facts_of(device, runs=runs)).values())
+    return list(policy.desired(snapshots.current(), device_facts(device, runs=runs)).values())
 
 
 def explain(device: Device, model: str | None = None) -> list[explaining.Explanation]:
     """Why the device runs what it runs, of each of its models or of one; with rollouts that are not in force, too."""
-    told = explaining.explain(snapshots.compile_history(), facts_of(device))
+    told = explaining.explain(snapshots.compile_history(), device_facts(device))
     return [each for each in told if model in {None, each.model}]
 
 
@@ -54,6 +54,9 @@ def releases_exist(runs: Mapping[str, str]) -> bool:
     return not runs or Variant.objects.filter(wanted).count() == len(runs)
 
 
+TRAITS = ("labels", "model_names", "sdk", "abilities")  # the columns of which `traits_of` makes them
+
+
 def traits_of(device: Device) -> policy.Traits:
     """What it said it can run is its own word, checked when it came; a row that is wrong all the same says nothing."""
     try:
@@ -63,50 +66,74 @@ def traits_of(device: Device) -> policy.Traits:
     return policy.Traits.of(device.labels, device.model_names, sdk=device.sdk, abilities=abilities)
 
 
-def facts_of(device: Device, *, runs: Mapping[str, str] | None = None) -> policy.DeviceFacts:
+def device_facts(device: Device, *, runs: Mapping[str, str] | None = None) -> policy.DeviceFacts:
     """All that the policy wants to know of a device. `runs` None: what the server knows."""
     failed = Outcome.objects.filter(device=device, state=FAILED).values_list("rollout_id", flat=True)
     return _facts(device, failed=frozenset(failed), pinned=_pinned([device]), runs=runs)
+
+
+def facts_of(
+    *,
+    name: str,
+    traits: policy.Traits,
+    pins: Mapping[str, str],
+    pinned: "Pins",
+    runs: Mapping[str, str],
+    failed: frozenset[int],
+) -> policy.DeviceFacts:
+    """A device as the policy sees it: for whoever has its row, and for the poll, which has not."""
+    bound = {pin[0]: pinned.valid.get(pin) for pin in pins.items() if pin not in pinned.void} if pins else {}
+    return policy.DeviceFacts(name=name, traits=traits, pins=bound, runs=runs, failed=failed)
 
 
 def _facts(
     device: Device,
     *,
     failed: frozenset[int],
-    pinned: "_Pins",
+    pinned: "Pins",
     runs: Mapping[str, str] | None = None,
 ) -> policy.DeviceFacts:
     if runs is None:
         runs = device.runs.runs if device.runs else {}
-    return policy.DeviceFacts(
-        name=device.name,
-        traits=traits_of(device),
-        pins={pin[0]: pinned.valid.get(pin) for pin in device.pins.items() if pin not in pinned.void},
-        runs=runs,
-        failed=failed,
+    return facts_of(
+        name=device.name, traits=traits_of(device), pins=device.pins, pinned=pinned, runs=runs, failed=failed
     )
 
 
+def failures(devices: Collection[int] | None = None) -> dict[int, frozenset[int]]:
+    """In which rollouts devices failed that may still admit them, by device; None: of all devices. One query."""
+    rows = Outcome.objects.filter(state=FAILED).exclude(rollout__state=Rollout.State.CANCELLED)
+    if devices is not None:
+        rows = rows.filter(device__in=devices)
+    found = defaultdict[int, set[int]](set)
+    for device, rollout in rows.values_list("device_id", "rollout_id"):
+        found[device].add(rollout)
+    return {device: frozenset(rollouts) for device, rollouts in found.items()}
+
+
 @dataclass(frozen=True, slots=True)
-class _Pins:
+class Pins:
     """What devices are pinned to, by model and version. `void`: revoked since, so that the pin binds no more."""
 
     valid: Mapping[tuple[str, str], policy.ReleaseRef]
     void: frozenset[tuple[str, str]] = frozenset()
 
 
-def _pinned(devices: Iterable[Device]) -> _Pins:
-    """The releases to which these devices are pinned. No query where there is no pin."""
-    pins = {pin for device in devices for pin in device.pins.items()}
+def _pinned(devices: Iterable[Device]) -> Pins:
+    return pinned_to({pin for device in devices for pin in device.pins.items()})
+
+
+def pinned_to(pins: Collection[tuple[str, str]]) -> Pins:
+    """Where these pins, each a model and a version, lead. No query where there is none."""
     if not pins:
-        return _Pins({})
+        return Pins({})
     wanted = Q()
     for model, version in pins:
         wanted |= Q(model__name=model, version=version)
     found = list(Release.objects.filter(wanted).select_related("model").prefetch_related(snapshots.with_variants()))
     refs = [snapshots.release_ref(release) for release in found if release.state == Release.State.VALID]
     void = {(row.model.name, row.version) for row in found if row.state == Release.State.REVOKED}
-    return _Pins({(ref.model, ref.version): ref for ref in refs}, frozenset(void))
+    return Pins({(ref.model, ref.version): ref for ref in refs}, frozenset(void))
 
 
 # --- one rollout -------------------------------------------------------------------------------------------------

@@ -18,6 +18,7 @@ from django.db.models import Prefetch, QuerySet
 from device_sdk.protocol.assignment import ALWAYS, Conditions, Probation, Window
 from device_sdk.protocol.errors import ProtocolError
 from device_sdk.protocol.manifest import Requirements
+from fleet.devices.changes import policy_changed
 from fleet.errors import Invalid
 from fleet.releases.models import Model, Release, Variant
 from fleet.rollouts import policy, targeting
@@ -56,6 +57,7 @@ def current() -> policy.Snapshot:
 def bump() -> None:
     """The policy changes in this transaction: whoever keeps a snapshot must compile it anew."""
     PolicyRevision.objects.update_or_create(pk=1, defaults={"key": token_hex(16)})
+    policy_changed()
 
 
 def compile_policy() -> policy.Snapshot:
@@ -111,6 +113,8 @@ def rules_of(rollout: Rollout) -> policy.RolloutRules | None:
             window=Window.parse(rollout.window) if rollout.window else ALWAYS,
             probation=Probation.parse(rollout.probation) if rollout.probation else Probation(),
             conditions=Conditions.parse(rollout.conditions),
+            max_hold=rollout.max_hold,
+            forgive=rollout.forgive,
         )
     except (ProtocolError, Invalid, KeyError) as error:
         logger.error("rollout_malformed", rollout=rollout.pk, error=str(error))  # noqa: TRY400  # no traceback each poll

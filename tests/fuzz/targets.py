@@ -16,6 +16,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import requests
 from tuf.api.metadata import Metadata
 
@@ -24,6 +25,10 @@ from device_sdk.config import Identity, Provision
 from device_sdk.errors import TransferError, UntrustedError
 from device_sdk.protocol import fields, limits
 from device_sdk.protocol.abilities import Abilities
+from device_sdk.protocol.arrays import npy
+from device_sdk.protocol.arrays.acceptance import INDEX as ACCEPTANCE_INDEX
+from device_sdk.protocol.arrays.acceptance import Acceptance, Budgets, Sample, Tolerance
+from device_sdk.protocol.arrays.archive import opened, packed
 from device_sdk.protocol.assignment import Assignment, Probation, Sampling, Window
 from device_sdk.protocol.batches import BatchHead, BatchIndex, SampleEntry
 from device_sdk.protocol.errors import ProtocolError
@@ -103,6 +108,12 @@ SAMPLE = SampleEntry("1" * 32, 1.5e9, MANIFEST.path, 0.5, {"x": "t0.npy"}, {"y":
 INDEX = BatchIndex("0" * 32, "cam-1", "digits", (SAMPLE,))
 
 
+def accepted() -> Acceptance:
+    x = np.arange(8, dtype=np.float32).reshape(2, 4)
+    samples = [Sample({"x": x[:rows]}, {"y": x[:rows] * 2, "label": np.array(["a", "ö"])}) for rows in (1, 2)]
+    return Acceptance(samples, Tolerance(1e-3, 1e-4), {"y": Tolerance(0.1, 0.0)}, Budgets(5.0, 2**28))
+
+
 def dumped(value: object) -> bytes:
     return json.dumps(value).encode()
 
@@ -125,6 +136,26 @@ def run_manifest(data: bytes) -> None:
     assert {type(source[name]) for name in ("model", "version", "variant")} == {str}
     assert not any(isinstance(size, bool) for spec in (*manifest.inputs, *manifest.outputs) for size in spec.shape)
     assert Manifest.parse(manifest.to_bytes()) == manifest
+
+
+def run_acceptance(data: bytes) -> None:
+    found = Acceptance.parse(data)
+    arrays = [each for item in found.samples for part in (item.inputs, item.outputs) for each in part.values()]
+    assert 1 <= len(found.samples) <= limits.ACCEPTANCE_SAMPLES
+    assert all(npy.is_plain(each.dtype) and len(each.shape) <= limits.RANK for each in arrays)
+    assert sum(each.nbytes for each in arrays) <= len(data)
+    for number, item in enumerate(found.samples):
+        assert isinstance(found.complaint(number, item.outputs), str)
+    assert Acceptance.parse(found.to_bytes()).to_bytes() == found.to_bytes()
+
+
+def accepted_members() -> dict[str, bytes]:
+    with opened(accepted().to_bytes()) as archive:
+        return {name: archive.read(name) for name in archive.sizes}
+
+
+def run_acceptance_index(data: bytes) -> None:
+    run_acceptance(packed({**accepted_members(), ACCEPTANCE_INDEX: data}))
 
 
 def run_bundle(data: bytes) -> None:
@@ -468,6 +499,8 @@ TARGETS = (
     Target("stick-root", run_stick_root, lambda: [stick()[0]], errors=(FleetError, ProtocolError)),
     Target("stick-targets", run_stick_targets, lambda: [stick()[1]], errors=(FleetError, ProtocolError)),
     Target("manifest", run_manifest, lambda: [MANIFEST.to_bytes()]),
+    Target("acceptance", run_acceptance, lambda: [accepted().to_bytes()], is_json=False),
+    Target("acceptance-index", run_acceptance_index, lambda: [accepted_members()[ACCEPTANCE_INDEX]]),
     Target(
         "bundle",
         run_bundle,

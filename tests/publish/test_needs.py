@@ -3,7 +3,7 @@
 import pytest
 
 from device_sdk.errors import SetupError
-from device_sdk.needs import of_variants
+from device_sdk.publishing.needs import of_variants
 from device_sdk.protocol.manifest import Requirements
 
 COMMON = Requirements(sdk="0.1.0", opset=17)
