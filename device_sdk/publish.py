@@ -17,12 +17,13 @@ from typing import Any
 
 from securesystemslib.signer import CryptoSigner, Key, Signer
 
-from device_sdk import needs, signing
+from device_sdk import signing
 from device_sdk.errors import DeviceError, SetupError, TransferError, UntrustedError, is_retryable
 from device_sdk.protocol.errors import ProtocolError
 from device_sdk.protocol.manifest import ATTACHMENT_KINDS, MODEL_SIGNATURE
 from device_sdk.protocol.names import check_model
 from device_sdk.protocol.scores import KINDS
+from device_sdk.publishing import needs
 from device_sdk.publishing.console import progress, say
 from device_sdk.publishing.roles import Edit, add_targets, next_role, remove_release, sign_and_post
 from device_sdk.publishing.server import Server

@@ -7,7 +7,6 @@ from hashlib import file_digest
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from device_sdk import needs
 from device_sdk.errors import SetupError, TransferError
 from device_sdk.protocol import limits
 from device_sdk.protocol.manifest import (
@@ -22,6 +21,7 @@ from device_sdk.protocol.manifest import (
 from device_sdk.protocol.names import ReleasePath, check_file_name, check_name
 from device_sdk.protocol.scores import Scores
 from device_sdk.publishing.console import say
+from device_sdk.publishing.needs import of_variants
 
 if TYPE_CHECKING:
     from device_sdk.publishing.recording import Wanted
@@ -89,7 +89,7 @@ def chosen(options: argparse.Namespace, folder: Path) -> list[Variant]:
             raise SetupError(f"variant {name!r} is given twice")
         chosen[check_name(name, "variant")] = [Path(file) for file in listed.split(",")] if named else options.files
     common = Requirements(options.min_sdk, options.min_runtime, options.opset, options.memory)
-    requires = needs.of_variants(options.needs, chosen, common)
+    requires = of_variants(options.needs, chosen, common)
     metadata = _metadata(options.meta)
     version = check_name(options.version, "version")
     attach, wanted = _attached(options.attach, chosen), _wanted(options)

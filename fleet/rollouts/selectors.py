@@ -29,12 +29,12 @@ def assignments_for(device: Device, *, runs: Mapping[str, str] | None = None) ->
 
     `runs` is what it says it runs now; None: what the server knows.
     """
-    return list(policy.desired(snapshots.current(), facts_about(device, runs=runs)).values())
+    return list(policy.desired(snapshots.current(), device_facts(device, runs=runs)).values())
 
 
 def explain(device: Device, model: str | None = None) -> list[explaining.Explanation]:
     """Why the device runs what it runs, of each of its models or of one; with rollouts that are not in force, too."""
-    told = explaining.explain(snapshots.compile_history(), facts_about(device))
+    told = explaining.explain(snapshots.compile_history(), device_facts(device))
     return [each for each in told if model in {None, each.model}]
 
 
@@ -66,7 +66,7 @@ def traits_of(device: Device) -> policy.Traits:
     return policy.Traits.of(device.labels, device.model_names, sdk=device.sdk, abilities=abilities)
 
 
-def facts_about(device: Device, *, runs: Mapping[str, str] | None = None) -> policy.DeviceFacts:
+def device_facts(device: Device, *, runs: Mapping[str, str] | None = None) -> policy.DeviceFacts:
     """All that the policy wants to know of a device. `runs` None: what the server knows."""
     failed = Outcome.objects.filter(device=device, state=FAILED).values_list("rollout_id", flat=True)
     return _facts(device, failed=frozenset(failed), pinned=_pinned([device]), runs=runs)

@@ -3,8 +3,8 @@
 import pytest
 
 from device_sdk.errors import SetupError
-from device_sdk.needs import of_variants
 from device_sdk.protocol.manifest import Requirements
+from device_sdk.publishing.needs import of_variants
 
 COMMON = Requirements(sdk="0.1.0", opset=17)
 

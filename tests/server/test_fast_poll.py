@@ -2,6 +2,7 @@
 
 import importlib
 from collections.abc import Callable
+from dataclasses import replace
 from datetime import timedelta
 from typing import Any
 
@@ -11,6 +12,7 @@ from django.test.utils import CaptureQueriesContext
 from django.utils import timezone
 
 from device_sdk.protocol import polls
+from device_sdk.protocol.abilities import Abilities
 from device_sdk.protocol.polls import Tag, running_digest
 from fleet import wsgi as entry_point
 from fleet.api.fastpoll import feed as feeds
@@ -190,7 +192,7 @@ def test_whatever_may_alter_an_answer_stands_in_the_log(registry: Registry) -> N
         lambda: rollouts.resume(rollout=started, actor="a"), lambda: rollouts.cancel(rollout=started, actor="a"),
         lambda: releases.revoke(release=second, reason="bad"), lambda: feedback.end_campaign(campaign=campaign),
         lambda: releases.set_when_nothing(model=line, policy="stop"),
-        lambda: devices.save_group(group=site, name="site", selector={"a": ["b"]}),
+        lambda: devices.save_group(group=site, name="site", selector="a=b"),
         lambda: trust.store_role("other", 1, b"{}", timezone.now()),
     )  # fmt: skip
     of_one = (
@@ -198,6 +200,7 @@ def test_whatever_may_alter_an_answer_stands_in_the_log(registry: Registry) -> N
         lambda: rollouts.pin(device=one, model=MODEL, version="1.0.0", actor="a"),
         lambda: devices.reissue(device=one, actor="a"), lambda: devices.revoke(device=one, actor="a"),
         lambda: devices.record_events(one, post(sdk="9"), exists=lambda runs: True),
+        lambda: devices.record_events(one, replace(post(sdk="9"), abilities=Abilities(opset=9)), exists=bool),
     )  # fmt: skip
     failing = running(first)
     fails = (lambda: rollouts.note_events(one, [event("failed", first, rollout=failing)]),)

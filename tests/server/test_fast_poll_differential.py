@@ -164,7 +164,7 @@ class World:
         releases.set_when_nothing(model=Model.objects.get(), policy=policy)
 
     def group(self, site: str) -> None:
-        devices.save_group(group=self.site, name="site", selector={"site": [site]})
+        devices.save_group(group=self.site, name="site", selector=f"site={site}")
 
     def trust(self, _: int) -> None:
         newest = trust_selectors.newest("other")

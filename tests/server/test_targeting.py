@@ -221,7 +221,7 @@ def test_a_device_says_what_it_can_run_at_enrolment_and_with_events() -> None:
     said = Abilities("1.31.0", 26, 2**30, "aarch64", ("CPUExecutionProvider",))
     row = devices_services.enrol(token=token, request=EnrolRequest("cam-9", "ab" * 16, {}, "0.1.0", said)).device
     assert Abilities.parse(Device.objects.get(pk=row.pk).abilities) == said
-    assert selectors.facts_about(row).traits.arch == "aarch64"
+    assert selectors.device_facts(row).traits.arch == "aarch64"
     silent = post(event("health"))
     devices_services.record_events(row, silent, exists=lambda _: True)
     assert Abilities.parse(Device.objects.get(pk=row.pk).abilities) == said  # an older SDK says nothing
@@ -292,7 +292,7 @@ def test_what_is_told_of_the_past_never_changes_the_verdict(explained: Device) -
     Release.objects.filter(version="1.2.0").update(state=Release.State.REVOKED)
     snapshots.bump()
     (told,) = selectors.explain(explained)
-    assert told.assignment == policy.desired(snapshots.current(), selectors.facts_about(explained))["digits"]
+    assert told.assignment == policy.desired(snapshots.current(), selectors.device_facts(explained))["digits"]
     assert [each.state for each in told.considered] == ["running", "revoked", "cancelled", "completed"]
 
 

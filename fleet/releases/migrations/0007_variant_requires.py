@@ -17,7 +17,7 @@ def from_manifests(apps, schema_editor):
 
 
 class Migration(migrations.Migration):
-    dependencies = [("releases", "0005_patches")]
+    dependencies = [("releases", "0006_acceptance")]
 
     operations = [
         migrations.AddField("variant", "requires", models.JSONField(blank=True, default=dict)),

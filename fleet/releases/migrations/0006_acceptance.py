@@ -6,7 +6,7 @@ from django.db import migrations, models
 class Migration(migrations.Migration):
 
     dependencies = [
-        ('releases', '0006_variant_requires'),
+        ('releases', '0005_patches'),
     ]
 
     operations = [
