@@ -11,10 +11,11 @@ from dataclasses import dataclass, field
 from statistics import median
 from typing import Any
 
-from device_sdk.errors import ModelError
+from device_sdk.errors import ModelError, first_line
 from device_sdk.protocol.arrays.acceptance import Acceptance
 from device_sdk.protocol.errors import ProtocolError
-from device_sdk.runtime import MEMORY_LIMIT, Schema, first_line, is_starved
+from device_sdk.runtime import MEMORY_LIMIT, is_starved
+from device_sdk.schema import Schema
 
 FAILED, SLOW, LARGE, BAD = "acceptance_failed", "acceptance_latency", "acceptance_memory", "bad_acceptance"
 CODES = frozenset({FAILED, SLOW, LARGE, BAD})

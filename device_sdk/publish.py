@@ -22,6 +22,7 @@ from device_sdk.errors import DeviceError, SetupError, TransferError, UntrustedE
 from device_sdk.protocol.errors import ProtocolError
 from device_sdk.protocol.manifest import ATTACHMENT_KINDS, MODEL_SIGNATURE
 from device_sdk.protocol.names import check_model
+from device_sdk.protocol.scores import KINDS
 from device_sdk.publishing.console import progress, say
 from device_sdk.publishing.roles import Edit, add_targets, next_role, remove_release, sign_and_post
 from device_sdk.publishing.server import Server
@@ -211,6 +212,10 @@ def _push_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--attach", action="append", default=[], metavar="[VARIANT:]KIND=FILE",
         help=f"signed with the release, kept by the server: {', '.join(ATTACHMENT_KINDS)}; may be repeated",
+    )  # fmt: skip
+    command.add_argument(
+        "--scores", default="", metavar="OUTPUT[:KIND]",
+        help=f"the output with the scores of classes ({', '.join(KINDS)}): devices then watch confidence and class mix",
     )  # fmt: skip
     _acceptance_arguments(command)
     command.add_argument("--min-sdk", default="", help="the oldest SDK that can run it")

@@ -2,6 +2,7 @@
 
 import ast
 import json
+import os
 import re
 import subprocess
 import sys
@@ -14,6 +15,8 @@ ROOT = Path(__file__).resolve().parent.parent
 PURE = [
     *sorted((ROOT / "device_sdk" / "protocol").rglob("*.py")),
     ROOT / "device_sdk" / "updater.py",
+    ROOT / "device_sdk" / "counts.py",
+    ROOT / "device_sdk" / "comparison.py",
     ROOT / "device_sdk" / "sampling.py",
     ROOT / "fleet" / "rollouts" / "policy.py",
 ]
@@ -24,7 +27,9 @@ INNOCENT = {
     "lzma", "math", "numbers", "numpy", "numpy.lib", "numpy.typing", "operator", "random", "re", "statistics", "string",
     "struct", "tokenize", "types", "typing", "unicodedata", "urllib.parse", "uuid", "zipfile", "zlib",
 }  # fmt: skip
-PURE_OURS = ("device_sdk.protocol", "device_sdk.updater", "device_sdk.sampling")
+PURE_OURS = (
+    "device_sdk.protocol", "device_sdk.updater", "device_sdk.counts", "device_sdk.comparison", "device_sdk.sampling",
+)  # fmt: skip
 # Names that reach the clock, the disk or global chance even from an innocent module.
 IMPURE_CALLS = {
     "open", "print", "input", "exec", "eval", "__import__", "datetime.now", "datetime.utcnow", "datetime.today",
@@ -72,6 +77,18 @@ def test_importing_the_sdk_alone_loads_nothing_heavy():
     assert done.returncode == 0, done.stderr
     roots = {name.partition(".")[0] for name in json.loads(done.stdout)}
     assert roots & {"onnxruntime", "numpy", "tuf", "requests", "django"} == set()
+
+
+def test_a_web_process_loads_what_only_workers_need_when_it_is_needed():
+    setup = "import django, json, sys; django.setup(); import fleet.urls; print(json.dumps(sorted(sys.modules)))"
+    environment = {**os.environ, "DJANGO_SETTINGS_MODULE": "fleet.settings"}
+    done = subprocess.run(
+        [sys.executable, "-c", setup], cwd=ROOT, env=environment, capture_output=True, text=True, check=False
+    )
+
+    assert done.returncode == 0, done.stderr
+    roots = {name.partition(".")[0] for name in json.loads(done.stdout)}
+    assert roots & {"pyarrow", "numpy", "onnx", "onnxruntime"} == set()
 
 
 @pytest.mark.parametrize("path", PURE, ids=lambda path: str(path.relative_to(ROOT)))

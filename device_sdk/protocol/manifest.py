@@ -11,6 +11,7 @@ from typing import Any
 from device_sdk.protocol import fields, limits
 from device_sdk.protocol.errors import ProtocolError
 from device_sdk.protocol.names import ReleasePath, check_file_name, check_name, check_sha256
+from device_sdk.protocol.scores import Scores
 
 FORMAT = 1
 MODEL_SIGNATURE, ML_BOM, PROVENANCE = "model-signature", "ml-bom", "provenance"
@@ -101,6 +102,7 @@ class Manifest:
     requires: Requirements = field(default_factory=Requirements)
     metadata: Mapping[str, str] = field(default_factory=dict)
     attachments: tuple[Attachment, ...] = ()
+    scores: Scores | None = None
     acceptance: FileEntry | None = None  # what a device asks the release before it serves; no runtime loads it
 
     @property
@@ -128,8 +130,9 @@ class Manifest:
             "metadata": dict(self.metadata),
         }
         attached = {"attachments": [asdict(item) for item in self.attachments]} if self.attachments else {}
+        scored = {"scores": self.scores.to_json()} if self.scores else {}
         accepted = {"acceptance": asdict(self.acceptance)} if self.acceptance else {}
-        return fields.canonical(content | attached | accepted)
+        return fields.canonical(content | attached | scored | accepted)
 
     @classmethod
     def parse(cls, data: bytes) -> "Manifest":
@@ -157,6 +160,7 @@ class Manifest:
             ),
             metadata=_metadata(source),
             attachments=_attachments(source),
+            scores=Scores.parse(source["scores"]) if "scores" in source else None,
             acceptance=_acceptance(source, names),
         )
 

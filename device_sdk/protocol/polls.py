@@ -16,7 +16,8 @@ EVENTS = "/api/device/v1/events"
 BLOBS = "/api/device/v1/blobs/"
 BATCHES = "/api/device/v1/batches"
 
-INTERVAL_HEADER = "Fleet-Poll-Interval"  # seconds, set by the server on every answer to a poll
+INTERVAL_HEADER = "Fleet-Poll-Interval"  # seconds, set by the server on every answer to a poll,
+DEFAULT_INTERVAL = "300"  # but for a 304 where it is this
 WANT_HEADER = "Fleet-Want"  # "runs": the server does not know this running set, post it with the next events
 ROOT_PARAMETER = "root"  # the newest root version that the device trusts; later ones come in the bundle
 BINDING = "x-device"  # signed in timestamp: whose view this is

@@ -69,10 +69,11 @@ def record(model: Path, wanted: Wanted) -> Acceptance:
     try:
         from device_sdk import runtime
         from device_sdk.acceptance import Exam
+        from device_sdk.schema import Schema, specs_of
     except ImportError as error:
         raise SetupError("--accept runs the model, which needs onnxruntime on this machine") from error
     session = runtime.make_session(model, runtime.RuntimeOptions())
-    schema = runtime.Schema(runtime.specs(session.get_inputs()), runtime.specs(session.get_outputs()))
+    schema = Schema(specs_of(session.get_inputs()), specs_of(session.get_outputs()))
     feeds = [feed for path in wanted.samples for feed in _calls(path, schema.inputs, wanted.batch)]
     if not 1 <= len(feeds) <= limits.ACCEPTANCE_SAMPLES:
         raise SetupError(f"--accept: expected 1 to {limits.ACCEPTANCE_SAMPLES} samples; got {len(feeds)}")

@@ -19,6 +19,7 @@ from device_sdk.protocol.manifest import (
     TensorSpec,
 )
 from device_sdk.protocol.names import ReleasePath, check_file_name, check_name
+from device_sdk.protocol.scores import Scores
 from device_sdk.publishing.console import say
 
 if TYPE_CHECKING:
@@ -50,10 +51,13 @@ def build_variant(
     metadata: Mapping[str, str],
     attach: Sequence[tuple[str, Path]] = (),
     accept: Path | None = None,
+    scores: Scores | None = None,
 ) -> Variant:
     """`attach`: kind and file of what is said about the variant. `accept`: its acceptance bundle."""
     local = tuple(_local(file) for file in files)
     inputs, outputs = _tensors(files[0])
+    if scores and outputs and scores.output not in {spec.name for spec in outputs}:
+        raise SetupError(f"--scores: no output {scores.output!r}; the model has {[spec.name for spec in outputs]}")
     attached = tuple((kind, _attachment(file)) for kind, file in attach)
     bundle = _local(accept) if accept else None
     manifest = Manifest(
@@ -66,6 +70,7 @@ def build_variant(
         metadata=metadata,
         attachments=tuple(Attachment(kind, f.entry.name, f.entry.length, f.entry.sha256) for kind, f in attached),
         acceptance=bundle.entry if bundle else None,
+        scores=scores,
     )
     beside = (*(file for _, file in attached), *filter(None, (bundle,)))
     return Variant(Manifest.parse(manifest.to_bytes()), local, beside)  # parsed: what we refuse need not travel
@@ -86,6 +91,7 @@ def chosen(options: argparse.Namespace, folder: Path) -> list[Variant]:
     metadata = _metadata(options.meta)
     version = check_name(options.version, "version")
     attach, wanted = _attached(options.attach, chosen), _wanted(options)
+    scores = Scores.from_text(options.scores) if options.scores else None
     return [
         build_variant(
             ReleasePath(options.model, version, name),
@@ -94,6 +100,7 @@ def chosen(options: argparse.Namespace, folder: Path) -> list[Variant]:
             metadata=metadata,
             attach=attach[name],
             accept=_record(files[0], wanted, folder / name) if wanted else None,
+            scores=scores,
         )
         for name, files in chosen.items()
     ]

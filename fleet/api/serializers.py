@@ -5,7 +5,7 @@ from typing import Any
 from drf_spectacular.utils import extend_schema_field
 from rest_framework import serializers
 
-from device_sdk.protocol.assignment import MAX_BYTES
+from device_sdk.protocol.assignment import LONGEST_HOLD, MAX_BYTES, MAX_HOLD
 from fleet.devices.models import Device, DeviceEvent, Group, ModelStatus
 from fleet.feedback.models import Batch, Campaign
 from fleet.releases import selectors as release_selectors
@@ -164,7 +164,8 @@ class RolloutSerializer(serializers.ModelSerializer[Rollout]):
         model = Rollout
         fields: tuple[str, ...] = (
             "id", "release", "model", "version", "group", "state", "reason", "stage_index", "stage_since", "stages",
-            "on_failure", "urgent", "window", "conditions", "created_by", "created_at", "started_at", "finished_at",
+            "on_failure", "urgent", "window", "probation", "conditions", "max_hold", "forgive", "created_by",
+            "created_at", "started_at", "finished_at",
         )  # fmt: skip
 
 
@@ -199,6 +200,15 @@ class ProbationSerializer(serializers.Serializer[Any]):
     seconds = serializers.FloatField(required=False, min_value=0)
     max_error_rate = serializers.FloatField(required=False, min_value=0, max_value=1)
     max_invalid_rate = serializers.FloatField(required=False, min_value=0, max_value=1)
+    max_slowdown = serializers.FloatField(
+        required=False, min_value=1, max_value=1000, help_text="median latency, as a multiple of the release's before"
+    )
+    max_confidence_drop = serializers.FloatField(
+        required=False, min_value=0, max_value=1, help_text="of the mean top score; the manifest names the scores"
+    )
+    max_class_shift = serializers.FloatField(
+        required=False, min_value=0, max_value=1, help_text="total variation distance of the class mix"
+    )
 
 
 class ConditionsSerializer(serializers.Serializer[Any]):
@@ -230,6 +240,10 @@ class RolloutCreateSerializer(serializers.Serializer[Rollout]):
     window = WindowSerializer(allow_null=True, default=None)
     probation = ProbationSerializer(allow_null=True, default=None)
     conditions = ConditionsSerializer(allow_null=True, default=None)
+    max_hold = serializers.IntegerField(
+        default=MAX_HOLD, min_value=0, max_value=LONGEST_HOLD, help_text="seconds for which a program may put it off"
+    )
+    forgive = serializers.BooleanField(default=False, help_text="devices that quarantined the release try it again")
 
 
 class CommentSerializer(serializers.Serializer[Any]):

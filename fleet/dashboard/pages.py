@@ -13,7 +13,7 @@ from django.utils.html import format_html
 from device_sdk.protocol.errors import ProtocolError
 from device_sdk.protocol.manifest import Manifest
 from fleet import presentation
-from fleet.dashboard import selectors
+from fleet.dashboard import quality, selectors
 from fleet.devices import selectors as devices
 from fleet.devices.models import Device, EnrolmentToken
 from fleet.errors import FleetError
@@ -148,7 +148,7 @@ def _models_of(row: Device) -> Table:
                 presentation.state(status.state) if status else "-",
                 presentation.ago(status.since) if status else "-",
                 status.reason if status else "",
-                ", ".join(f"{key} {value}" for key, value in sorted(status.health.items())) if status else "",
+                quality.health(status.health) if status and status.health else "",
             ]
         )
     return table(["Model", "Runs", "State", "Since", "Reason", "Health"], cells)

@@ -145,3 +145,29 @@ class SpreadSample(models.Model):
 
     def __str__(self) -> str:
         return f"{self.at:%F %T} {self.model} {self.version}: {self.devices}"
+
+
+class Revision(models.Model):
+    """One row, whose number grows with each change that may alter the answer to a poll. See `changes`."""
+
+    number = models.PositiveBigIntegerField(default=0)
+
+    def __str__(self) -> str:
+        return str(self.number)
+
+
+class Change(models.Model):
+    """What a revision changed: a device, or (null) what holds for all: policy, groups, campaigns, signed roles.
+
+    `key` is random: after a restored backup the same number means something else, and is seen to.
+    """
+
+    revision = models.PositiveBigIntegerField(db_index=True)
+    key = models.CharField(max_length=16)
+    device = models.PositiveBigIntegerField(null=True)  # its key; no foreign key, which would be one more look-up
+
+    class Meta:
+        ordering: ClassVar = ["revision"]
+
+    def __str__(self) -> str:
+        return f"{self.revision}: {self.device or 'everybody'}"

@@ -21,7 +21,7 @@ from device_sdk.protocol.names import check_model, check_name
 from device_sdk.protocol.polls import EnrolRequest, check_labels, running_digest
 from fleet.audit.context import DEVICE, Acting
 from fleet.audit.services import record
-from fleet.devices import credentials, selectors
+from fleet.devices import changes, credentials, selectors
 from fleet.devices.models import Device, DeviceEvent, EnrolmentToken, Group, ModelStatus, RunningSet, SpreadSample
 from fleet.devices.seen import flush_seen, mark_seen
 from fleet.errors import Conflict, Denied, Invalid, Unauthorized
@@ -169,6 +169,7 @@ def approve(*, device: Device, actor: User | str, comment: str = "") -> None:
     """A pending device may work from now on."""
     _move(device, Device.State.PENDING, Device.State.ACTIVE)
     record("device.approved", target=device.name, comment=comment)
+    changes.device_changed(device.pk)
     logger.info("device_approved", device=device.name, actor=str(actor))
 
 
@@ -184,6 +185,7 @@ def revoke(*, device: Device, actor: User | str, comment: str = "") -> None:
     before = device.state
     device.refresh_from_db(fields=["state", "epoch"])
     record("device.revoked", target=device.name, detail={"was": before}, comment=comment)
+    changes.device_changed(device.pk)
     logger.info("device_revoked", device=device.name, actor=str(actor))
 
 
@@ -198,6 +200,7 @@ def reissue(*, device: Device, actor: User | str, comment: str = "") -> str:
     before = device.state
     device.refresh_from_db(fields=["state", "epoch", "nonce_digest"])
     record("device.reissued", target=device.name, detail={"was": before, "epoch": device.epoch}, comment=comment)
+    changes.device_changed(device.pk)
     logger.info("device_reissued", device=device.name, actor=str(actor))
     return credentials.credential_for(device)
 
@@ -212,6 +215,7 @@ def set_pin(*, device: Device, model: str, version: str | None, actor: User | st
         Device.objects.filter(pk=device.pk).update(pins=pins | ({model: version} if version else {}))
         detail = {"model": model, "version": version, "was": locked.pins.get(model)}
         record("device.pinned" if version else "device.unpinned", target=device.name, detail=detail)
+        changes.device_changed(device.pk)
     device.refresh_from_db(fields=["pins"])
     logger.info("device_pinned", device=device.name, model=model, version=version, actor=str(actor))
 
@@ -226,6 +230,7 @@ def set_labels(*, device: Device, labels: Mapping[str, str], actor: User | str) 
         before = Device.objects.select_for_update().get(pk=device.pk).labels
         Device.objects.filter(pk=device.pk).update(labels=checked)
         record("device.labelled", target=device.name, detail={"labels": checked, "was": before})
+        changes.device_changed(device.pk)
     device.labels = checked
     logger.info("device_labelled", device=device.name, labels=checked, actor=str(actor))
 
@@ -246,6 +251,7 @@ def save_group(
     group.save()
     detail = {"selector": group.selector, "description": group.description}
     record("group.created" if created else "group.changed", target=group.name, detail=detail)
+    changes.policy_changed()
     return group
 
 
@@ -371,16 +377,18 @@ def _note_device(
     repeated: bool,
     exists: Callable[[Mapping[str, str]], bool],
 ) -> None:
-    changes: dict[str, Any] = {"last_seen": now, "sdk": post.sdk or device.sdk}
+    values: dict[str, Any] = {"last_seen": now, "sdk": post.sdk or device.sdk}
     if not repeated:
-        changes["dropped_events"] = F("dropped_events") + post.dropped
+        values["dropped_events"] = F("dropped_events") + post.dropped
     known = _known_set(device, post.runs, exists)
     if known is not None:
-        changes["runs"] = known
+        values["runs"] = known
     refusal = refusal_after(device.refusal, new, now)
     if refusal != device.refusal:
-        changes["refusal"] = refusal
-    Device.objects.filter(pk=device.pk).update(**changes)
+        values["refusal"] = refusal
+    Device.objects.filter(pk=device.pk).update(**values)
+    if values["sdk"] != device.sdk:  # what it can run depends on it
+        changes.device_changed(device.pk)
 
 
 def _known_set(
@@ -429,6 +437,7 @@ def thin_history() -> None:
     by_hour.filter(Exists(earlier)).delete()
     stale = Q(received_at__lt=now - EVENTS_KEPT) | Q(kind=HEALTH, received_at__lt=now - HEALTH_KEPT)
     DeviceEvent.objects.filter(stale).delete()
+    changes.thin()
 
 
 def _digest(secret: str) -> str:

@@ -14,6 +14,7 @@ from device_sdk.protocol.errors import ProtocolError
 from device_sdk.protocol.manifest import Attachment, FileEntry, Manifest, digest
 from device_sdk.protocol.names import ReleasePath, check_model, check_name
 from fleet.audit.services import record
+from fleet.devices.changes import policy_changed
 from fleet.errors import Invalid, NotFound
 from fleet.releases import provenance, signals, storage, uploads, validation
 from fleet.releases.deltas import services as deltas
@@ -395,3 +396,4 @@ def _conclude(release_pk: int) -> None:
         if state == Release.State.VALID:
             deltas.order(release=release)
             deltas.wake()
+            policy_changed()  # a pin may have waited for it

@@ -62,8 +62,10 @@ def examine(manifest: Manifest) -> Finding:
         opset=answer["opset"],
         acceptance=answer.get("acceptance", {}),
     )
-    reason = _differs("inputs", manifest.inputs, finding.inputs) or _differs(
-        "outputs", manifest.outputs, finding.outputs
+    reason = (
+        _differs("inputs", manifest.inputs, finding.inputs)
+        or _differs("outputs", manifest.outputs, finding.outputs)
+        or _lacks_scores(manifest, finding.outputs)
     )
     return replace(finding, reason=reason or finding.acceptance.get("problem", ""))
 
@@ -186,6 +188,13 @@ def _differs(what: str, stated: tuple[TensorSpec, ...], found: list[dict[str, An
         if not _agrees(spec, real[spec.name]):
             return f"{what}: the manifest states {spec.to_json()!r:.200}; the model has {real[spec.name]!r:.200}"
     return ""
+
+
+def _lacks_scores(manifest: Manifest, found: list[dict[str, Any]]) -> str:
+    names = [item["name"] for item in found]
+    if manifest.scores is None or manifest.scores.output in names:
+        return ""
+    return f"scores: the manifest names the output {manifest.scores.output!r:.100}; the model has {names!r:.200}"
 
 
 def _agrees(spec: TensorSpec, real: Mapping[str, Any]) -> bool:

@@ -17,6 +17,7 @@ from fleet.errors import FleetError
 from fleet.rollouts import services
 from fleet.rollouts.forms import RolloutForm
 from fleet.rollouts.models import Outcome, Rollout
+from fleet.rollouts.terms import watch
 
 State = Rollout.State
 
@@ -51,6 +52,7 @@ class RolloutAdmin(KeptAdmin):
         (None, {"fields": ("release", "group")}),
         ("Stages", {"fields": ("percents", "soak_minutes", "success_percent", "min_reports", "failure_budget")}),
         ("On the device", {"fields": ("on_failure", "urgent", "window_start", "window_end", "start_now")}),
+        ("Probation", {"fields": watch.FIELDS}),
         ("It waits until", {"fields": (*CONDITION_FLAGS, *CONDITION_SIZES)}),
     )
     change_form_outer_before_template = "dashboard/rollout.html"
@@ -238,4 +240,5 @@ class RolloutAdmin(KeptAdmin):
 
     @display(description="Probation")
     def probation_text(self, rollout: Rollout) -> str:
-        return presentation.label_chips(rollout.probation) if rollout.probation else "standard"
+        said = watch.texts(rollout.probation, rollout.max_hold, forgive=rollout.forgive)
+        return presentation.chips(said) if said else "standard"

@@ -18,6 +18,7 @@ from fleet.devices.models import Group
 from fleet.releases.models import Release
 from fleet.rollouts import services
 from fleet.rollouts.models import Rollout
+from fleet.rollouts.terms.watch import WatchFields
 
 
 def _megabytes(label: str, help_text: str) -> forms.IntegerField:
@@ -31,7 +32,7 @@ def _megabytes(label: str, help_text: str) -> forms.IntegerField:
     )
 
 
-class RolloutForm(forms.ModelForm):  # type: ignore[type-arg]
+class RolloutForm(WatchFields, forms.ModelForm):  # type: ignore[type-arg]
     release = forms.ModelChoiceField(
         Release.objects.filter(state=Release.State.VALID).select_related("model"), widget=UnfoldAdminSelectWidget
     )
@@ -142,6 +143,7 @@ class RolloutForm(forms.ModelForm):  # type: ignore[type-arg]
             "window": window,
             "conditions": {name: (given[name] or 0) * unit for name, unit in _UNITS.items() if given[name]}
             | {name: True for name in CONDITION_FLAGS if given[name]},
+            **self.watch_terms(),
         }
 
 

@@ -4,6 +4,8 @@ from typing import ClassVar
 
 from django.db import models
 
+from device_sdk.protocol.assignment import MAX_HOLD
+
 
 class Rollout(models.Model):
     """One release to one group, in stages. Its lifecycle is the table in `services`."""
@@ -35,6 +37,8 @@ class Rollout(models.Model):
     window = models.JSONField(null=True, blank=True)  # {"start": minute, "end": minute} of the device's day
     probation = models.JSONField(default=dict, blank=True)  # see protocol.assignment.Probation
     conditions = models.JSONField(default=dict, blank=True)  # see protocol.assignment.Conditions
+    max_hold = models.PositiveIntegerField(default=MAX_HOLD)  # seconds for which a program may put it off
+    forgive = models.BooleanField(default=False)  # devices that quarantined the release try it again
     created_by = models.ForeignKey("auth.User", null=True, blank=True, on_delete=models.SET_NULL, related_name="+")
     created_at = models.DateTimeField(auto_now_add=True)
     started_at = models.DateTimeField(null=True, blank=True)

@@ -1,7 +1,7 @@
 """What can be asked about rollouts: a device's assignments, how far a rollout is, and why a device lags."""
 
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 
@@ -48,45 +48,75 @@ def releases_exist(runs: Mapping[str, str]) -> bool:
     return not runs or Variant.objects.filter(wanted).count() == len(runs)
 
 
+TRAITS = ("labels", "model_names", "sdk")  # the columns of which `traits_of` makes them
+
+
+def traits_of(device: Device) -> policy.Traits:
+    return policy.Traits.of(device.labels, device.model_names, sdk=device.sdk)
+
+
+def facts_of(
+    *,
+    name: str,
+    traits: policy.Traits,
+    pins: Mapping[str, str],
+    pinned: "Pins",
+    runs: Mapping[str, str],
+    failed: frozenset[int],
+) -> policy.DeviceFacts:
+    """A device as the policy sees it: for whoever has its row, and for the poll, which has not."""
+    bound = {pin[0]: pinned.valid.get(pin) for pin in pins.items() if pin not in pinned.void} if pins else {}
+    return policy.DeviceFacts(name=name, traits=traits, pins=bound, runs=runs, failed=failed)
+
+
 def _facts(
     device: Device,
     *,
     failed: frozenset[int],
-    pinned: "_Pins",
+    pinned: "Pins",
     runs: Mapping[str, str] | None = None,
 ) -> policy.DeviceFacts:
     if runs is None:
         runs = device.runs.runs if device.runs else {}
-    return policy.DeviceFacts(
-        name=device.name,
-        labels=device.labels,
-        models=device.model_names,
-        pins={pin[0]: pinned.valid.get(pin) for pin in device.pins.items() if pin not in pinned.void},
-        runs=runs,
-        failed=failed,
+    return facts_of(
+        name=device.name, traits=traits_of(device), pins=device.pins, pinned=pinned, runs=runs, failed=failed
     )
 
 
+def failures(devices: Collection[int] | None = None) -> dict[int, frozenset[int]]:
+    """In which rollouts devices failed that may still admit them, by device; None: of all devices. One query."""
+    rows = Outcome.objects.filter(state=FAILED).exclude(rollout__state=Rollout.State.CANCELLED)
+    if devices is not None:
+        rows = rows.filter(device__in=devices)
+    found = defaultdict[int, set[int]](set)
+    for device, rollout in rows.values_list("device_id", "rollout_id"):
+        found[device].add(rollout)
+    return {device: frozenset(rollouts) for device, rollouts in found.items()}
+
+
 @dataclass(frozen=True, slots=True)
-class _Pins:
+class Pins:
     """What devices are pinned to, by model and version. `void`: revoked since, so that the pin binds no more."""
 
     valid: Mapping[tuple[str, str], policy.ReleaseRef]
     void: frozenset[tuple[str, str]] = frozenset()
 
 
-def _pinned(devices: Iterable[Device]) -> _Pins:
-    """The releases to which these devices are pinned. No query where there is no pin."""
-    pins = {pin for device in devices for pin in device.pins.items()}
+def _pinned(devices: Iterable[Device]) -> Pins:
+    return pinned_to({pin for device in devices for pin in device.pins.items()})
+
+
+def pinned_to(pins: Collection[tuple[str, str]]) -> Pins:
+    """Where these pins, each a model and a version, lead. No query where there is none."""
     if not pins:
-        return _Pins({})
+        return Pins({})
     wanted = Q()
     for model, version in pins:
         wanted |= Q(model__name=model, version=version)
     found = list(Release.objects.filter(wanted).select_related("model").prefetch_related(snapshots.with_variants()))
     refs = [snapshots.release_ref(release) for release in found if release.state == Release.State.VALID]
     void = {(row.model.name, row.version) for row in found if row.state == Release.State.REVOKED}
-    return _Pins({(ref.model, ref.version): ref for ref in refs}, frozenset(void))
+    return Pins({(ref.model, ref.version): ref for ref in refs}, frozenset(void))
 
 
 # --- one rollout -------------------------------------------------------------------------------------------------

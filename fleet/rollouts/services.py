@@ -15,10 +15,11 @@ from django.db import transaction
 from django.utils import timezone
 
 from device_sdk.protocol import events as wire
-from device_sdk.protocol.assignment import Conditions, Probation, Window
+from device_sdk.protocol.assignment import MAX_HOLD, Conditions, Window
 from device_sdk.protocol.errors import ProtocolError
 from fleet.audit import services as audit
 from fleet.devices import services as devices
+from fleet.devices.changes import device_changed
 from fleet.devices.models import Device, Group, ModelStatus
 from fleet.devices.selectors import members, version_of
 from fleet.errors import Conflict, Invalid
@@ -27,6 +28,7 @@ from fleet.releases.deltas import services as deltas
 from fleet.releases.models import Release
 from fleet.rollouts import policy, selectors, snapshots
 from fleet.rollouts.models import Outcome, Rollout, RolloutAction, Stage
+from fleet.rollouts.terms import watch
 
 START, PAUSE, RESUME, CANCEL, ROLL_BACK = "start", "pause", "resume", "cancel", "roll_back"
 CREATE, ADVANCE, COMPLETE, HALT = "create", "advance", "complete", "halt"
@@ -83,8 +85,10 @@ def create(  # noqa: PLR0913  # a rollout has so many terms
     window: Mapping[str, int] | None = None,
     probation: Mapping[str, float] | None = None,
     conditions: Mapping[str, Any] | None = None,
+    max_hold: int = MAX_HOLD,
+    forgive: bool = False,
 ) -> Rollout:
-    """Draft a rollout of a valid release. `group` None: every device. The last three are as on the wire."""
+    """Draft a rollout of a valid release. `group` None: every device. The last five are as on the wire."""
     _check_release(release)
     _check_stages(stages)
     if on_failure not in Rollout.OnFailure.values:
@@ -96,8 +100,10 @@ def create(  # noqa: PLR0913  # a rollout has so many terms
         on_failure=on_failure,
         urgent=urgent,
         window=_checked_window(window),
-        probation=_checked_probation(probation),
+        probation=watch.checked_probation(probation),
         conditions=_checked_conditions(conditions),
+        max_hold=watch.checked_max_hold(max_hold),
+        forgive=forgive,
         created_by=actor if isinstance(actor, User) else None,
     )
     Stage.objects.bulk_create([Stage(rollout=rollout, index=i, **asdict(plan)) for i, plan in enumerate(stages)])
@@ -110,6 +116,8 @@ def create(  # noqa: PLR0913  # a rollout has so many terms
         "window": rollout.window,
         "probation": rollout.probation,
         "conditions": rollout.conditions,
+        "max_hold": max_hold,
+        "forgive": forgive,
     }
     _log(rollout.pk, CREATE, actor, "", plan)
     return rollout
@@ -226,6 +234,7 @@ def note_events(device: Device, events: Sequence[wire.Event]) -> None:
     _store(outcomes.values())
     if _failures(outcomes.values()) > failures:
         wake_engine()
+        device_changed(device.pk)
 
 
 def wake_engine() -> None:
@@ -419,25 +428,20 @@ def _checked_conditions(conditions: Mapping[str, Any] | None) -> dict[str, Any]:
         raise Invalid(error.code, error.message) from error
 
 
-def _checked_probation(probation: Mapping[str, float] | None) -> dict[str, float]:
-    try:
-        return asdict(Probation.parse({**asdict(Probation()), **probation})) if probation else {}
-    except ProtocolError as error:
-        raise Invalid(error.code, error.message) from error
-
-
 def _fair_salt(rollout: Rollout) -> str:
-    """A salt by which the first stage gets the reports that it asks for, where the group is large enough for that.
+    """A salt by which every stage gets the reports that it asks for, where the group is large enough for that.
 
-    Ten percent of eight devices is often nobody: such a stage would wait for ever.
+    Ten percent of eight devices is often nobody, and half of them now and then one: such a stage would wait for ever.
     """
-    first = rollout.stages.get(index=0)
     model = rollout.release.model.name
     names = [device.name for device in members(rollout.group) if model in device.model_names and not device.pins]
     salts = [rollout.salt, *(token_hex(16) for _ in range(SALTS_TRIED))] if len(names) < 1_000 else [rollout.salt]
-    enough = min(first.min_reports, len(names))
-    good = (salt for salt in salts if sum(policy.in_cohort(salt, name, first.percent) for name in names) >= enough)
-    return next(good, rollout.salt)
+    asked = [(stage.percent, min(stage.min_reports, len(names))) for stage in rollout.stages.all()]
+
+    def is_fair(salt: str) -> bool:
+        return all(sum(policy.in_cohort(salt, name, percent) for name in names) >= enough for percent, enough in asked)
+
+    return next(filter(is_fair, salts), rollout.salt)
 
 
 def _credit_those_who_run_it(rollout: Rollout) -> None:

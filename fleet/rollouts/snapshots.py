@@ -16,6 +16,7 @@ from django.db.models import Prefetch
 
 from device_sdk.protocol.assignment import ALWAYS, Conditions, Probation, Window
 from device_sdk.protocol.errors import ProtocolError
+from fleet.devices.changes import policy_changed
 from fleet.releases.models import Model, Release, Variant
 from fleet.rollouts import policy
 from fleet.rollouts.models import PolicyRevision, Rollout
@@ -52,6 +53,7 @@ def current() -> policy.Snapshot:
 def bump() -> None:
     """The policy changes in this transaction: whoever keeps a snapshot must compile it anew."""
     PolicyRevision.objects.update_or_create(pk=1, defaults={"key": token_hex(16)})
+    policy_changed()
 
 
 def compile_policy() -> policy.Snapshot:
@@ -81,6 +83,8 @@ def rules_of(rollout: Rollout) -> policy.RolloutRules | None:
             window=Window.parse(rollout.window) if rollout.window else ALWAYS,
             probation=Probation.parse(rollout.probation) if rollout.probation else Probation(),
             conditions=Conditions.parse(rollout.conditions),
+            max_hold=rollout.max_hold,
+            forgive=rollout.forgive,
         )
     except (ProtocolError, KeyError) as error:
         logger.error("rollout_malformed", rollout=rollout.pk, error=str(error))  # noqa: TRY400  # no traceback each poll

@@ -15,7 +15,8 @@ from device_sdk.protocol.arrays.acceptance import Acceptance, Budgets, Sample, T
 from device_sdk.protocol.manifest import TensorSpec, digest
 from device_sdk.protocol.polls import BLOBS
 from device_sdk.rehearsal import SLACK, Rules
-from device_sdk.runtime import RuntimeOptions, Schema, load
+from device_sdk.runtime import RuntimeOptions, load
+from device_sdk.schema import Schema
 from tests.sdk.world import World, answer, failing_on_data, graph, judge, manifest_of, scaling
 
 OLD, NEW = "detector/1.0.0/default", "detector/1.1.0/default"

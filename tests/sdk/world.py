@@ -104,9 +104,9 @@ class Server:
     def kinds(self, model: str = "detector") -> list[str]:
         return [event.kind for event in self.events if event.model == model and event.kind != "health"]
 
-    def publish(self, path: str, data: bytes, bundle: bytes = b"") -> Manifest:
-        """`bundle`: what devices ask it before it serves."""
-        manifest = manifest_of(path, data)
+    def publish(self, path: str, data: bytes, bundle: bytes = b"", **said: Any) -> Manifest:
+        """`bundle`: what devices ask it before it serves. `said`: more fields of the manifest."""
+        manifest = replace(manifest_of(path, data), **said)
         if bundle:
             manifest = replace(manifest, acceptance=FileEntry("acceptance.npz", len(bundle), digest(bundle)))
             self.simulator.blobs[digest(bundle)] = bundle

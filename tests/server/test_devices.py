@@ -125,11 +125,11 @@ def test_marks_of_a_write_that_failed_are_kept_for_the_next_but_newer_ones_win(m
     write = seen._write
 
     def fail(marks: Any) -> None:
-        buffer.mark(two.pk, runs="", now=now)  # it polls again while the write fails
+        buffer.mark(two.pk, runs="", now=now.timestamp())  # it polls again while the write fails
         raise DatabaseError
 
-    buffer.mark(one.pk, runs="", now=now - timedelta(seconds=9))
-    buffer.mark(two.pk, runs="", now=now - timedelta(seconds=9))
+    buffer.mark(one.pk, runs="", now=now.timestamp() - 9)
+    buffer.mark(two.pk, runs="", now=now.timestamp() - 9)
     monkeypatch.setattr(seen, "_write", fail)
     with pytest.raises(DatabaseError):
         buffer.flush()

@@ -11,6 +11,7 @@ from fleet.errors import FleetError
 from fleet.releases.models import Release
 from fleet.rollouts import selectors, services
 from fleet.rollouts.models import Rollout
+from fleet.rollouts.terms import watch
 
 ACTIONS = {
     "start": services.start,
@@ -55,6 +56,7 @@ class Command(BaseCommand):
             create.add_argument(f"--{name}", action="store_true", help=what)
         for name, what in SIZES.items():
             create.add_argument(f"--{name.replace('_', '-')}", type=int, default=0, metavar="BYTES", help=what)
+        watch.add_arguments(create)
         create.add_argument("--start", action="store_true", help="start it at once")
         _add_person(create)
         for name in ACTIONS:
@@ -98,6 +100,7 @@ class Command(BaseCommand):
             on_failure=options["on_failure"],
             urgent=options["urgent"],
             conditions={name: options[name] for name in (*CONDITIONS, *SIZES)},
+            **watch.from_options(options),
             actor=actor,
         )
         if start:
