@@ -18,6 +18,7 @@ from fleet.devices.models import Group
 from fleet.releases.models import Release
 from fleet.rollouts import services
 from fleet.rollouts.models import Rollout
+from fleet.rollouts.pace_form import PaceForm
 
 
 def _megabytes(label: str, help_text: str) -> forms.IntegerField:
@@ -31,7 +32,7 @@ def _megabytes(label: str, help_text: str) -> forms.IntegerField:
     )
 
 
-class RolloutForm(forms.ModelForm):  # type: ignore[type-arg]
+class RolloutForm(PaceForm, forms.ModelForm):  # type: ignore[type-arg]
     release = forms.ModelChoiceField(
         Release.objects.filter(state=Release.State.VALID).select_related("model"), widget=UnfoldAdminSelectWidget
     )
@@ -129,6 +130,7 @@ class RolloutForm(forms.ModelForm):  # type: ignore[type-arg]
             "success_threshold": given["success_percent"] / 100,
             "min_reports": given["min_reports"],
             "failure_budget": given["failure_budget"],
+            "needs_approval": given["approve_stages"],
         }
         window = None
         if given["window_start"] is not None:
@@ -140,6 +142,7 @@ class RolloutForm(forms.ModelForm):  # type: ignore[type-arg]
             "on_failure": given["on_failure"],
             "urgent": given["urgent"],
             "window": window,
+            "pace": self.pace(),
             "conditions": {name: (given[name] or 0) * unit for name, unit in _UNITS.items() if given[name]}
             | {name: True for name in CONDITION_FLAGS if given[name]},
         }

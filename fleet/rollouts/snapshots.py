@@ -75,7 +75,7 @@ def rules_of(rollout: Rollout) -> policy.RolloutRules | None:
             state=rollout.state,
             release=release_ref(rollout.release),
             salt=rollout.salt,
-            percent=stages[rollout.stage_index],
+            percent=min(stages[rollout.stage_index], 100.0 if rollout.reach is None else rollout.reach),
             selector=rollout.group.selector if rollout.group else {},
             urgent=rollout.urgent,
             window=Window.parse(rollout.window) if rollout.window else ALWAYS,
