@@ -13,6 +13,7 @@ from fleet.rollouts.models import Rollout, Stage
 def approve(*, rollout: Rollout | int, actor: User | str, comment: str = "") -> Rollout:
     """Let it begin: now, or when its time comes. Of two who decide at once one does, the other gets Conflict."""
     row = services.fetch(rollout)
+    services.after(row, services.APPROVE)
     approval.check_approver(row, actor)
     services.check_release(row.release)
     approved = services.move(row, services.APPROVE, actor, comment)
@@ -23,6 +24,7 @@ def approve(*, rollout: Rollout | int, actor: User | str, comment: str = "") -> 
 def reject(*, rollout: Rollout | int, actor: User | str, comment: str = "") -> Rollout:
     """For good: no device is ever offered it. Who wants it all the same writes another."""
     row = services.fetch(rollout)
+    services.after(row, services.REJECT)
     if not isinstance(actor, User) or not actor.has_perm(approval.PERMISSION):
         raise Denied("not_an_approver", "rejecting a rollout takes a person with the right to approve")
     return services.move(row, services.REJECT, actor, comment)
@@ -32,10 +34,17 @@ def reject(*, rollout: Rollout | int, actor: User | str, comment: str = "") -> R
 def approve_stage(*, rollout: Rollout | int, actor: User | str, comment: str = "") -> Rollout:
     """Let the stage in force pass once it has done well. It may be given before that."""
     row = services.fetch(rollout)
+    services.after(row, services.APPROVE_STAGE)
+    if not approval.stage_waits(row):
+        raise _not_waiting(row)
     approval.check_approver(row, actor)
     moved = services.move(row, services.APPROVE_STAGE, actor, comment)
     waiting = Stage.objects.filter(rollout=row, index=row.stage_index, needs_approval=True, approved_at=None)
     if not waiting.update(approved_at=timezone.now(), approved_by=services.name_of(actor)):
-        raise Conflict("wrong_state", f"stage {row.stage_index + 1} of rollout {row.pk} does not wait for approval")
+        raise _not_waiting(row)
     services.wake_engine()
     return moved
+
+
+def _not_waiting(row: Rollout) -> Conflict:
+    return Conflict("wrong_state", f"stage {row.stage_index + 1} of rollout {row.pk} does not wait for approval")

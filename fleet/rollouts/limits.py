@@ -65,4 +65,4 @@ def wider(reach: float, ceiling: float, more: float, cohorts: Sequence[int]) -> 
     if last <= before:
         return reach
     edge = cohorts[last] if cohorts[last] > cohorts[before] else cohorts[last] + 1
-    return min(edge * 100 / COHORTS, ceiling)
+    return min((edge - 0.5) * 100 / COHORTS, ceiling)  # between two cohorts: no rounding lets one more in

@@ -325,17 +325,14 @@ def _note_hold(rollout: Rollout, reason: str) -> None:
 @transaction.atomic
 def move(rollout: Rollout, action: str, actor: User | str, comment: str, **changes: Any) -> Rollout:
     """Claim a transition from the state and stage in which the caller saw the rollout, or raise `wrong_state`."""
-    before = State(rollout.state)
-    after = TRANSITIONS.get((before, action))
-    if after is None:
-        raise Conflict("wrong_state", f"rollout {rollout.pk} is {before.label}: cannot {action.replace('_', ' ')}")
-    changes |= {"state": after, "reason": comment[:500], "finished_at": timezone.now() if after in ENDED else None}
+    before, to = State(rollout.state), after(rollout, action)
+    changes |= {"state": to, "reason": comment[:500], "finished_at": timezone.now() if to in ENDED else None}
     seen = Rollout.objects.filter(pk=rollout.pk, state=before, stage_index=rollout.stage_index)
     if not seen.update(**changes):
         raise Conflict("wrong_state", f"rollout {rollout.pk} was changed meanwhile; look again")
     detail = {
         "was": before.value,
-        "is": State(after).value,
+        "is": State(to).value,
         "stage": changes.get("stage_index", rollout.stage_index) + 1,
     }
     _log(rollout.pk, action, actor, comment, detail)
@@ -343,6 +340,15 @@ def move(rollout: Rollout, action: str, actor: User | str, comment: str, **chang
     rollout.refresh_from_db()
     notes.tell(rollout, action, name_of(actor), comment)
     return rollout
+
+
+def after(rollout: Rollout, action: str) -> State:
+    """The state that an action leads to from the one it is in. Conflict `wrong_state` where it leads nowhere."""
+    before = State(rollout.state)
+    found = TRANSITIONS.get((before, action))
+    if found is None:
+        raise Conflict("wrong_state", f"rollout {rollout.pk} is {before.label}: cannot {action.replace('_', ' ')}")
+    return found
 
 
 def fetch(rollout: Rollout | int) -> Rollout:
