@@ -19,14 +19,14 @@ from django.utils.timesince import timesince
 STATE_COLOURS = {
     "active": "success", "pending": "warning", "revoked": "danger",
     "withdrawn": "", "validating": "info", "valid": "success", "invalid": "danger",
-    "draft": "", "awaiting_approval": "warning", "running": "info", "paused": "warning", "halted": "danger",
-    "cancelled": "", "completed": "success",
+    "draft": "", "awaiting_approval": "warning", "scheduled": "info", "running": "info", "paused": "warning",
+    "halted": "danger", "cancelled": "", "completed": "success",
     "updating": "info", "committed": "success", "failed": "danger", "rolled_back": "danger", "refused": "danger",
     "refusing": "danger", "accepted": "success",
     "waiting": "warning", "downloading": "info", "verifying": "info", "testing": "info", "activating": "info",
     "probation": "info", "health": "",
     "announced": "info", "received": "info", "ingested": "success", "rejected": "danger",
-    "ready": "success", "useless": "",
+    "ready": "success", "useless": "", "sent": "success", "dead": "danger",
 }  # fmt: skip
 
 
@@ -103,6 +103,14 @@ def size(number: float) -> str:
             return f"{number:.0f} {unit}" if unit == "B" or number >= 100 else f"{number:.1f} {unit}"
         number /= 1000
     return f"{number:.1f} TB"
+
+
+def span(seconds: float) -> str:
+    """`90 s`, `2 h`, `7 d`."""
+    for unit, length in (("d", 86_400), ("h", 3_600), ("min", 60)):
+        if seconds >= length:
+            return f"{seconds / length:.3g} {unit}"
+    return f"{seconds:g} s"
 
 
 def clock(minute: int) -> str:

@@ -37,9 +37,12 @@ from fleet.feedback.models import Batch, Campaign
 from fleet.releases import provenance
 from fleet.releases import selectors as release_selectors
 from fleet.releases.models import Model, Release
+from fleet.rollouts import approval, deciding
 from fleet.rollouts import selectors as rollout_selectors
 from fleet.rollouts import services as rollouts
 from fleet.rollouts.models import Rollout
+from fleet.rollouts.terms.pace import NAMES as PACE
+from fleet.rollouts.terms.pace import pace_of
 
 REFUSALS = {403: shapes.ErrorSerializer, 404: shapes.ErrorSerializer}
 WRITE_REFUSALS = {400: shapes.ErrorSerializer, **REFUSALS, 409: shapes.ErrorSerializer, 422: shapes.ErrorSerializer}
@@ -78,6 +81,10 @@ class MayReadRollouts(ModelPermissions):
 
 class MayOperate(ModelPermissions):
     perms_map = {**ModelPermissions.perms_map, "POST": ["rollouts.operate_rollout"]}
+
+
+class MayApprove(ModelPermissions):
+    perms_map = {**ModelPermissions.perms_map, "POST": [approval.PERMISSION]}
 
 
 # --- releases ----------------------------------------------------------------------------------------------------
@@ -299,14 +306,33 @@ class RolloutViewSet(ReadOnlyModelViewSet[Rollout]):
         """Draft a rollout. Nothing happens to any device before it is started."""
         fields = _checked(shapes.RolloutCreateSerializer, request)
         stages = [rollouts.StagePlan(**stage) for stage in fields.pop("stages")]
-        rollout = rollouts.create(stages=stages, actor=_actor(request), **fields)
+        pace = pace_of({name: fields.pop(name) for name in PACE if name in fields})
+        rollout = rollouts.create(stages=stages, actor=_actor(request), pace=pace, **fields)
         return self._answer(rollout, status=status.HTTP_201_CREATED)
 
     @_does
     @action(detail=True, methods=["post"], permission_classes=[MayOperate])
     def start(self, request: Request, pk: str) -> Response:
-        """Admit the first stage."""
+        """Admit the first stage; or wait for approval where that is needed, or for its time to come."""
         return self._do(rollouts.start, request)
+
+    @_does
+    @action(detail=True, methods=["post"], permission_classes=[MayApprove])
+    def approve(self, request: Request, pk: str) -> Response:
+        """Let it begin, now or at its time. Never by its author."""
+        return self._do(deciding.approve, request)
+
+    @_does
+    @action(detail=True, methods=["post"], permission_classes=[MayApprove])
+    def reject(self, request: Request, pk: str) -> Response:
+        """Refuse it for good."""
+        return self._do(deciding.reject, request)
+
+    @_does
+    @action(detail=True, methods=["post"], permission_classes=[MayApprove])
+    def approve_stage(self, request: Request, pk: str) -> Response:
+        """Let the stage in force pass once it has done well. Never by the author."""
+        return self._do(deciding.approve_stage, request)
 
     @_does
     @action(detail=True, methods=["post"], permission_classes=[MayOperate])

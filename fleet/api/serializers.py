@@ -11,10 +11,13 @@ from fleet.devices.models import Device, DeviceEvent, Group, ModelStatus
 from fleet.feedback.models import Batch, Campaign
 from fleet.releases import selectors as release_selectors
 from fleet.releases.models import Model, Release, Variant
-from fleet.rollouts import evidence, selectors
+from fleet.rollouts import evidence, objective, selectors
 from fleet.rollouts.explaining import Explanation
+from fleet.rollouts.forecast import VERDICTS, Forecast
 from fleet.rollouts.models import GuardReading, Rollout, RolloutAction, Stage
 from fleet.rollouts.services import StagePlan
+from fleet.rollouts.terms.pace import LONGEST, MOST_RETRIES
+from fleet.rollouts.terms.pace import NAMES as PACE
 
 
 class ErrorSerializer(serializers.Serializer[Any]):
@@ -141,8 +144,8 @@ class StageSerializer(serializers.ModelSerializer[Stage]):
     class Meta:
         model = Stage
         fields = (
-            "percent", "ring", "soak_seconds", "min_reports", "success_threshold", "failure_budget", "entered_at",
-            "passed_at",
+            "percent", "ring", "soak_seconds", "min_reports", "success_threshold", "failure_budget", "needs_approval",
+            "approved_by", "approved_at", "entered_at", "passed_at",
         )  # fmt: skip
 
 
@@ -155,6 +158,15 @@ class ProgressSerializer(serializers.Serializer[selectors.Progress]):
     failed = serializers.IntegerField()
     withdrawn = serializers.IntegerField(help_text="recalled before they had committed")
     percent = serializers.FloatField(help_text="share of the group that committed")
+
+
+class ForecastSerializer(serializers.Serializer[Forecast]):
+    verdict = serializers.ChoiceField(VERDICTS)
+    why = serializers.CharField()
+    reached = serializers.FloatField(help_text="percent of the group that committed")
+    deadline = serializers.DateTimeField()
+    earliest = serializers.DateTimeField(allow_null=True, help_text="with latest: when it is reached, at 90 %")
+    latest = serializers.DateTimeField(allow_null=True)
 
 
 class ActionSerializer(serializers.ModelSerializer[RolloutAction]):
@@ -182,7 +194,7 @@ class RolloutSerializer(serializers.ModelSerializer[Rollout]):
         fields: tuple[str, ...] = (
             "id", "release", "model", "version", "group", "selector", "exclude", "exclude_group", "state", "reason",
             "stage_index", "stage_since", "stages", "on_failure", "urgent", "window", "probation", "conditions",
-            "guards", "max_hold", "forgive", "created_by", "created_at", "started_at", "finished_at",
+            "guards", "max_hold", "forgive", *PACE, "reach", "created_by", "created_at", "started_at", "finished_at",
         )  # fmt: skip
 
 
@@ -191,10 +203,11 @@ class RolloutDetailSerializer(RolloutSerializer):
 
     progress = serializers.SerializerMethodField()
     readings = serializers.SerializerMethodField()
+    forecast = serializers.SerializerMethodField(help_text="null: nothing is aimed at, or it has not begun")
     actions = ActionSerializer(many=True, read_only=True)
 
     class Meta(RolloutSerializer.Meta):
-        fields = (*RolloutSerializer.Meta.fields, "progress", "readings", "actions")
+        fields = (*RolloutSerializer.Meta.fields, "progress", "readings", "forecast", "actions")
 
     @extend_schema_field(GuardReadingSerializer(many=True))
     def get_readings(self, rollout: Rollout) -> Any:
@@ -202,6 +215,11 @@ class RolloutDetailSerializer(RolloutSerializer):
 
     def get_progress(self, rollout: Rollout) -> ProgressSerializer:
         return ProgressSerializer(selectors.progress(rollout)).data  # type: ignore[return-value]  # for the schema
+
+    @extend_schema_field(ForecastSerializer(allow_null=True))
+    def get_forecast(self, rollout: Rollout) -> Any:
+        found = objective.of(rollout)
+        return ForecastSerializer(found).data if found else None
 
 
 class StagePlanSerializer(serializers.Serializer[StagePlan]):
@@ -215,6 +233,7 @@ class StagePlanSerializer(serializers.Serializer[StagePlan]):
     min_reports = serializers.IntegerField(default=1, min_value=0, max_value=2**31 - 1)
     success_threshold = serializers.FloatField(default=0.9, min_value=0, max_value=1)
     failure_budget = serializers.IntegerField(default=0, min_value=0, max_value=2**31 - 1)
+    needs_approval = serializers.BooleanField(default=False, help_text="a person must agree before it passes")
 
 
 class WindowSerializer(serializers.Serializer[Any]):
@@ -281,7 +300,27 @@ class GuardsSerializer(serializers.Serializer[Any]):
     limit_devices = serializers.IntegerField(required=False, help_text="devices that a plain limit needs")
 
 
-class RolloutCreateSerializer(serializers.Serializer[Rollout]):
+class PaceSerializer(serializers.Serializer[Any]):
+    """When it begins, how fast it goes, how long a device may take, and who must agree. 0: no limit."""
+
+    start_at = serializers.DateTimeField(required=False, allow_null=True, help_text="begins by itself then")
+    needs_approval = serializers.BooleanField(default=False, help_text="of somebody else, before it begins")
+    timeout_seconds = serializers.IntegerField(
+        required=False, min_value=0, max_value=LONGEST, help_text="then a device that was seen counts as failed"
+    )
+    retries = serializers.IntegerField(
+        required=False, min_value=0, max_value=MOST_RETRIES, help_text="for devices that failed for a passing reason"
+    )
+    retry_seconds = serializers.IntegerField(
+        required=False, min_value=0, max_value=LONGEST, help_text="before the first; doubles each time"
+    )
+    max_in_flight = serializers.IntegerField(required=False, min_value=0, max_value=2**31 - 1)
+    starts_per_minute = serializers.FloatField(required=False, min_value=0, max_value=1e9)
+    objective_percent = serializers.FloatField(required=False, allow_null=True, min_value=0, max_value=100)
+    objective_days = serializers.FloatField(required=False, allow_null=True, min_value=0, max_value=3650)
+
+
+class RolloutCreateSerializer(PaceSerializer):
     release = serializers.PrimaryKeyRelatedField(queryset=Release.objects.select_related("model"))
     group = serializers.PrimaryKeyRelatedField(queryset=Group.objects.all(), allow_null=True, default=None)
     selector = SelectorSerializerField(help_text="narrows the group")
@@ -307,10 +346,12 @@ class CommentSerializer(serializers.Serializer[Any]):
 class PinSerializer(serializers.Serializer[Any]):
     model = serializers.CharField(max_length=64)
     version = serializers.CharField(max_length=64, allow_null=True, help_text="null lets it go")
+    comment = serializers.CharField(default="", allow_blank=True, max_length=500, help_text="why; kept for ever")
 
 
 class LabelsSerializer(serializers.Serializer[Any]):
     labels = serializers.DictField(child=serializers.CharField(), help_text="replaces all labels")
+    comment = serializers.CharField(default="", allow_blank=True, max_length=500, help_text="why; kept for ever")
 
 
 class CampaignSerializer(serializers.ModelSerializer[Campaign]):

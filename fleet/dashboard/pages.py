@@ -20,6 +20,7 @@ from fleet.errors import FleetError
 from fleet.releases import provenance as release_provenance
 from fleet.releases import selectors as release_selectors
 from fleet.releases.models import Attachment, Model, Patch, Release, Variant
+from fleet.rollouts import objective
 from fleet.rollouts import selectors as rollouts
 from fleet.rollouts.models import Outcome, Rollout, Stage
 from fleet.trust import selectors as trust
@@ -44,7 +45,7 @@ def guards(rollout: Rollout) -> Table:
             str(stage),
             f"{stage.success_threshold:.0%} of {stage.min_reports}+ reports",
             stage.failure_budget,
-            _span(stage.soak_seconds),
+            presentation.span(stage.soak_seconds),
             _stage_times(stage),
         ]
         for stage in rollout.stages.all()
@@ -52,21 +53,36 @@ def guards(rollout: Rollout) -> Table:
     return table(["Stage", "Success", "Failures allowed", "At least", "Reached"], rows)
 
 
+VERDICTS = {
+    "met": ("met", "success"), "missed": ("missed", "danger"), "likely": ("on course", "success"),
+    "unlikely": ("not on course", "warning"), "open": ("may or may not be met", "info"),
+    "unknown": ("cannot be foretold", ""),
+}  # fmt: skip
+
+
+def aim(rollout: Rollout) -> dict[str, Any] | None:
+    """The objective and its forecast, in words; None where nothing is aimed at."""
+    found = objective.of(rollout)
+    if found is None:
+        return None
+    words, tone = VERDICTS[found.verdict]
+    return {
+        "percent": rollout.objective_percent,
+        "of": found,
+        "words": words,
+        "tone": tone,
+    }
+
+
 def _stage_times(stage: Stage) -> str:
     if stage.entered_at is None:
         return "-"
     if stage.passed_at is None:
-        return presentation.ago(stage.entered_at)
+        agreed = f", approved by {stage.approved_by}" if stage.approved_at else ", needs approval to pass"
+        return format_html("<span>{}{}</span>", presentation.ago(stage.entered_at), agreed * stage.needs_approval)
     return format_html(
         "<span>{}, passed {}</span>", presentation.ago(stage.entered_at), presentation.ago(stage.passed_at)
     )
-
-
-def _span(seconds: int) -> str:
-    for unit, length in (("d", 86_400), ("h", 3_600), ("min", 60)):
-        if seconds >= length:
-            return f"{seconds / length:g} {unit}"
-    return f"{seconds} s"
 
 
 SHOWN_FIRST = (Outcome.State.FAILED, Outcome.State.UPDATING, Outcome.State.WITHDRAWN, Outcome.State.COMMITTED)

@@ -207,7 +207,7 @@ def reissue(*, device: Device, actor: User | str, comment: str = "") -> str:
     return credentials.credential_for(device)
 
 
-def set_pin(*, device: Device, model: str, version: str | None, actor: User | str) -> None:
+def set_pin(*, device: Device, model: str, version: str | None, actor: User | str, comment: str = "") -> None:
     """Fix a model of a device to a version, or let it go (None). `rollouts.services.pin` checks the release first."""
     if model not in device.model_names:
         raise Invalid("wrong_model", f"{device.name} does not run {model!r}")
@@ -216,13 +216,14 @@ def set_pin(*, device: Device, model: str, version: str | None, actor: User | st
         pins = {name: pinned for name, pinned in locked.pins.items() if name != model}
         Device.objects.filter(pk=device.pk).update(pins=pins | ({model: version} if version else {}))
         detail = {"model": model, "version": version, "was": locked.pins.get(model)}
-        record("device.pinned" if version else "device.unpinned", target=device.name, detail=detail)
+        action = "device.pinned" if version else "device.unpinned"
+        record(action, target=device.name, detail=detail, comment=comment)
         changes.device_changed(device.pk)
     device.refresh_from_db(fields=["pins"])
     logger.info("device_pinned", device=device.name, model=model, version=version, actor=str(actor))
 
 
-def set_labels(*, device: Device, labels: Mapping[str, str], actor: User | str) -> None:
+def set_labels(*, device: Device, labels: Mapping[str, str], actor: User | str, comment: str = "") -> None:
     """Replace a device's labels; groups are chosen by them, so this may change what it runs."""
     try:
         checked = check_labels(dict(labels))
@@ -231,7 +232,7 @@ def set_labels(*, device: Device, labels: Mapping[str, str], actor: User | str) 
     with transaction.atomic():
         before = Device.objects.select_for_update().get(pk=device.pk).labels
         Device.objects.filter(pk=device.pk).update(labels=checked)
-        record("device.labelled", target=device.name, detail={"labels": checked, "was": before})
+        record("device.labelled", target=device.name, detail={"labels": checked, "was": before}, comment=comment)
         changes.device_changed(device.pk)
     device.labels = checked
     logger.info("device_labelled", device=device.name, labels=checked, actor=str(actor))

@@ -20,6 +20,7 @@ from fleet.errors import Invalid
 from fleet.releases.models import Release
 from fleet.rollouts import guards, services, targeting
 from fleet.rollouts.models import Rollout
+from fleet.rollouts.pace_form import PaceForm
 from fleet.rollouts.terms.watch import WatchFields
 
 
@@ -34,7 +35,7 @@ def _megabytes(label: str, help_text: str) -> forms.IntegerField:
     )
 
 
-class RolloutForm(WatchFields, forms.ModelForm):  # type: ignore[type-arg]
+class RolloutForm(WatchFields, PaceForm, forms.ModelForm):  # type: ignore[type-arg]
     release = forms.ModelChoiceField(
         Release.objects.filter(state=Release.State.VALID).select_related("model"), widget=UnfoldAdminSelectWidget
     )
@@ -180,6 +181,7 @@ class RolloutForm(WatchFields, forms.ModelForm):  # type: ignore[type-arg]
             "success_threshold": given["success_percent"] / 100,
             "min_reports": given["min_reports"],
             "failure_budget": given["failure_budget"],
+            "needs_approval": given["approve_stages"],
         }
         window = None
         if given["window_start"] is not None:
@@ -193,6 +195,7 @@ class RolloutForm(WatchFields, forms.ModelForm):  # type: ignore[type-arg]
             "urgent": given["urgent"],
             "window": window,
             "guards": self._guards() if given["guards"] else {},
+            "pace": self.pace(),
             "conditions": {name: (given[name] or 0) * unit for name, unit in _UNITS.items() if given[name]}
             | {name: True for name in CONDITION_FLAGS if given[name]},
             **self.watch_terms(),

@@ -3,6 +3,7 @@
 from typing import ClassVar
 
 from django.db import models
+from django.utils import timezone
 
 from device_sdk.protocol.assignment import MAX_HOLD
 
@@ -13,6 +14,7 @@ class Rollout(models.Model):
     class State(models.TextChoices):
         DRAFT = "draft"
         AWAITING_APPROVAL = "awaiting_approval", "awaiting approval"
+        SCHEDULED = "scheduled"  # approved where that is needed; begins by itself at `start_at`
         RUNNING = "running"
         PAUSED = "paused"
         HALTED = "halted"
@@ -47,6 +49,22 @@ class Rollout(models.Model):
     guards = models.JSONField(default=dict, blank=True)  # see guards.Terms; empty: none
     evidence_run = models.PositiveIntegerField(default=0, editable=False)  # begins anew with each resume
     evidence_since = models.DateTimeField(null=True, blank=True, editable=False)  # when this run of evidence began
+    # How fast, how long, and who must agree: see terms.pace.
+    start_at = models.DateTimeField(null=True, blank=True)
+    needs_approval = models.BooleanField(default=False)  # asked for; the setting APPROVAL may ask for it besides
+    timeout_seconds = models.PositiveIntegerField(default=0)  # 0: none
+    retries = models.PositiveSmallIntegerField(default=0)
+    retry_seconds = models.PositiveIntegerField(default=3_600)  # before the first; doubles each time
+    max_in_flight = models.PositiveIntegerField(default=0)  # 0: no limit
+    starts_per_minute = models.FloatField(default=0)  # 0: no limit
+    objective_percent = models.FloatField(null=True, blank=True)
+    objective_days = models.FloatField(null=True, blank=True)
+    # What the engine keeps of it.
+    reach = models.FloatField(null=True, editable=False)  # percent admitted by the limits; null: the stage's
+    reach_at = models.DateTimeField(null=True, editable=False)  # when that last grew
+    stage_lost = models.FloatField(default=0, editable=False)  # of the engine's clock when the stage began
+    walked = models.BigIntegerField(default=0, editable=False)  # the last device that was looked at for silence
+    walked_at = models.DateTimeField(null=True, editable=False)
     created_by = models.ForeignKey("auth.User", null=True, blank=True, on_delete=models.SET_NULL, related_name="+")
     created_at = models.DateTimeField(auto_now_add=True)
     started_at = models.DateTimeField(null=True, blank=True)
@@ -54,7 +72,10 @@ class Rollout(models.Model):
 
     class Meta:
         ordering: ClassVar = ["-created_at", "-id"]
-        permissions: ClassVar = [("operate_rollout", "Can start, pause, resume, cancel and roll back rollouts")]
+        permissions: ClassVar = [
+            ("operate_rollout", "Can start, pause, resume, cancel and roll back rollouts"),
+            ("approve_rollout", "Can approve other people's rollouts, and reject them"),
+        ]
 
     def __str__(self) -> str:
         return f"#{self.pk} {self.release}"
@@ -76,6 +97,9 @@ class Stage(models.Model):
     min_reports = models.PositiveIntegerField(default=1)  # outcomes needed before anything is decided
     success_threshold = models.FloatField(default=0.9)  # fraction of the stage's admitted devices that committed
     failure_budget = models.PositiveIntegerField(default=0)  # failures above this are too many
+    needs_approval = models.BooleanField(default=False)  # a person must agree before it passes
+    approved_by = models.CharField(max_length=150, blank=True)
+    approved_at = models.DateTimeField(null=True, blank=True)
     entered_at = models.DateTimeField(null=True, blank=True)
     passed_at = models.DateTimeField(null=True, blank=True)
 
@@ -110,10 +134,17 @@ class Outcome(models.Model):
     reason = models.CharField(max_length=500, blank=True)
     first_at = models.DateTimeField(auto_now_add=True)
     changed_at = models.DateTimeField(auto_now=True)
+    tries = models.PositiveSmallIntegerField(default=0)  # how often it was tried again
+    tried_at = models.DateTimeField(default=timezone.now)  # when this attempt began: timeouts count from here
+    retry_at = models.DateTimeField(null=True, blank=True)  # failed, and gets the assignment again then
 
     class Meta:
         constraints: ClassVar = [
             models.UniqueConstraint(fields=["rollout", "device"], name="one_outcome_per_device"),
+        ]
+        indexes: ClassVar = [
+            models.Index(fields=["retry_at"], condition=models.Q(retry_at__isnull=False), name="outcomes_to_retry"),
+            models.Index(fields=["tried_at"], condition=models.Q(state="updating"), name="outcomes_under_way"),
         ]
 
     def __str__(self) -> str:
@@ -228,3 +259,14 @@ class PolicyRevision(models.Model):
 
     def __str__(self) -> str:
         return self.key
+
+
+class EngineClock(models.Model):
+    """One row: when the engine last looked, and the time that it does not count, see `engine_clock`."""
+
+    at = models.DateTimeField()
+    lost = models.FloatField(default=0)  # seconds
+    gap_at = models.DateTimeField(null=True)
+
+    def __str__(self) -> str:
+        return f"{self.at:%F %T}"

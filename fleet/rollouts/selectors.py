@@ -188,10 +188,11 @@ def tally(rollout: Rollout, *, counted: bool) -> policy.Tally:
     """What is known of the stage in force. `counted` adds the admitted devices, which takes a look at the group.
 
     Who has not decided yet is waited for, unless it never said a word and is offline since before the stage began:
-    it cannot know. Who went silent later is waited for: the release may be why.
+    it cannot know. Who went silent later is waited for, until it times out: the release may be why. A failure that is
+    to be tried again is not decided either.
     """
-    counts = outcome_counts(rollout)
-    committed, failed = counts[COMMITTED], max(counts[FAILED] - rollout.forgiven, 0)
+    counts, pending = outcome_counts(rollout), to_be_retried(rollout)
+    committed, failed = counts[COMMITTED], max(counts[FAILED] - pending - rollout.forgiven, 0)
     if not counted:
         return policy.Tally(committed=committed, failed=failed)
     said = dict(Outcome.objects.filter(rollout=rollout).values_list("device_id", "state"))
@@ -200,14 +201,24 @@ def tally(rollout: Rollout, *, counted: bool) -> policy.Tally:
         said.get(device.pk, UPDATING) not in {COMMITTED, FAILED} and (device.pk in said or _seen_since(device, horizon))
         for device in assigned_devices(rollout)
     )
-    return policy.Tally(committed=committed, failed=failed, admitted=committed + failed + undecided)
+    return policy.Tally(committed=committed, failed=failed, admitted=committed + failed + undecided + pending)
+
+
+def to_be_retried(rollout: Rollout) -> int:
+    """Failures that are not final, see `attempts`."""
+    return Outcome.objects.filter(rollout=rollout, state=FAILED, retry_at__isnull=False).count()
 
 
 def assigned_devices(rollout: Rollout) -> Iterator[Device]:
     """Active devices that should run the release because of this rollout, by the policy itself."""
+    return assigned_among(rollout, list(members(rollout.group)))
+
+
+def assigned_among(rollout: Rollout, devices: Sequence[Device]) -> Iterator[Device]:
+    """Those of some devices, see `assigned_devices`."""
     model = rollout.release.model.name
     snapshot = snapshots.current()
-    for device, facts in _all_facts(list(targeting.devices(rollout).select_related("runs"))):
+    for device, facts in _all_facts(devices):
         if model in facts.models and policy.desired(snapshot, facts)[model].rollout == str(rollout.pk):
             yield device
 

@@ -105,7 +105,7 @@ def rules_of(rollout: Rollout) -> policy.RolloutRules | None:
             state=rollout.state,
             release=release_ref(rollout.release),
             salt=rollout.salt,
-            percent=stages[rollout.stage_index].percent,
+            percent=min(stages[rollout.stage_index].percent, 100.0 if rollout.reach is None else rollout.reach),
             selector=targeting.selector(rollout),
             excludes=targeting.excludes(rollout),
             rings=targeting.rings(stages.values(), rollout.stage_index),

@@ -1,6 +1,7 @@
-"""`manage.py rollout list | create | start | pause | resume | cancel | roll_back`: the admin's actions in a shell."""
+"""`manage.py rollout list | show | create | start | approve | pause | ...`: the admin's actions in a shell."""
 
-from argparse import ArgumentParser
+from argparse import ArgumentParser, ArgumentTypeError
+from datetime import datetime
 from typing import Any
 
 from django.contrib.auth.models import User
@@ -9,9 +10,11 @@ from django.core.management.base import BaseCommand, CommandError
 from fleet.devices.models import Group
 from fleet.errors import FleetError
 from fleet.releases.models import Release
-from fleet.rollouts import evidence, guards, selectors, services, targeting
+from fleet.rollouts import deciding, evidence, guards, objective, selectors, services, targeting
 from fleet.rollouts.models import Rollout
 from fleet.rollouts.terms import watch
+from fleet.rollouts.terms.pace import NAMES as PACE
+from fleet.rollouts.terms.pace import pace_of
 
 ACTIONS = {
     "start": services.start,
@@ -19,6 +22,9 @@ ACTIONS = {
     "resume": services.resume,
     "cancel": services.cancel,
     "roll_back": services.roll_back,
+    "approve": deciding.approve,
+    "reject": deciding.reject,
+    "approve_stage": deciding.approve_stage,
 }
 
 
@@ -47,6 +53,8 @@ class Command(BaseCommand):
     def add_arguments(self, parser: ArgumentParser) -> None:
         commands = parser.add_subparsers(dest="command", required=True)
         commands.add_parser("list", help="every rollout, the newest first")
+        show = commands.add_parser("show", help="one rollout with its objective, and what was done and why")
+        show.add_argument("rollout", type=int)
         create = commands.add_parser("create", help="draft a rollout of a valid release")
         create.add_argument("model")
         create.add_argument("version")
@@ -71,7 +79,8 @@ class Command(BaseCommand):
         for name, what in SIZES.items():
             create.add_argument(f"--{name.replace('_', '-')}", type=int, default=0, metavar="BYTES", help=what)
         watch.add_arguments(create)
-        create.add_argument("--start", action="store_true", help="start it at once")
+        _add_pace(create)
+        create.add_argument("--start", action="store_true", help="start it at once, or submit it for approval")
         _add_person(create)
         for name in ACTIONS:
             action = commands.add_parser(name)
@@ -82,6 +91,8 @@ class Command(BaseCommand):
         try:
             if command == "list":
                 self._list()
+            elif command == "show":
+                self._show_all(options["rollout"])
             elif command == "create":
                 self._create(**options)
             else:
@@ -103,6 +114,7 @@ class Command(BaseCommand):
             "min_reports": options["min_reports"],
             "success_threshold": options["success"],
             "failure_budget": options["budget"],
+            "needs_approval": options["approve_stages"],
         }
         actor = _actor(options["user"])
         rollout = services.create(
@@ -118,6 +130,7 @@ class Command(BaseCommand):
             conditions={name: options[name] for name in (*CONDITIONS, *SIZES)},
             **watch.from_options(options),
             actor=actor,
+            pace=pace_of({name: options[name] for name in PACE if options[name] is not None}),
         )
         if start:
             rollout = services.start(rollout=rollout, actor=actor, comment=options["comment"])
@@ -125,6 +138,16 @@ class Command(BaseCommand):
 
     def _act(self, command: str, *, rollout: int, user: str | None, comment: str, **_: Any) -> None:
         self._show(ACTIONS[command](rollout=rollout, actor=_actor(user), comment=comment))
+
+    def _show_all(self, pk: int) -> None:
+        rollout = services.fetch(pk)
+        self._show(rollout)
+        found = objective.of(rollout)
+        if found:
+            aim = f"{rollout.objective_percent:g} % by {found.deadline:%Y-%m-%d %H:%M %Z}"
+            self.stdout.write(f"objective: {aim}; {found.reached:.1f} % now; {found.verdict}: {found.why}")
+        for act in rollout.actions.all():
+            self.stdout.write(f"{act.at:%Y-%m-%d %H:%M} {act.action} by {act.actor}  {act.comment}")
 
     def _show(self, rollout: Rollout) -> None:
         progress = selectors.progress(rollout)
@@ -145,6 +168,28 @@ def _guards(options: dict[str, Any]) -> dict[str, Any]:
     if given and not named:
         raise CommandError(f"{', '.join(given)}: of no use without --guard")
     return {**named, **given}
+
+
+def _add_pace(parser: ArgumentParser) -> None:
+    """None where nothing is said: then it is as usual."""
+    add = parser.add_argument
+    add("--start-at", type=_moment, help="begin by itself then: 2026-12-01T02:00+01:00")
+    add("--needs-approval", action="store_true", help="somebody else must approve before it begins")
+    add("--approve-stages", action="store_true", help="somebody else must approve before each stage passes")
+    add("--timeout-seconds", type=int, help="then a device that was seen counts as failed; 0: never")
+    add("--retries", type=int, help="for devices that failed for a passing reason")
+    add("--retry-seconds", type=int, help="before the first retry; doubles each time")
+    add("--max-in-flight", type=int, help="updates at a time; 0: no limit")
+    add("--starts-per-minute", type=float, help="0: no limit")
+    add("--objective-percent", type=float, help="of the group that shall have it ...")
+    add("--objective-days", type=float, help="... so many days after the start")
+
+
+def _moment(text: str) -> datetime:
+    found = datetime.fromisoformat(text)
+    if found.utcoffset() is None:
+        raise ArgumentTypeError("expected a time with its zone, such as 2026-12-01T02:00+01:00")
+    return found
 
 
 def _add_person(parser: ArgumentParser) -> None:
