@@ -88,8 +88,12 @@ def json_block(text: str) -> str:
 
 def state(value: str, words: str = "") -> str:
     """A state as unfold's label, in its colour."""
-    context = {"text": words or value.replace("_", " "), "type": STATE_COLOURS.get(value, ""), "size": "md"}
-    return render_to_string("unfold/helpers/label.html", context)
+    return label(words or value.replace("_", " "), STATE_COLOURS.get(value, ""))
+
+
+def label(text: str, colour: str) -> str:
+    """Unfold's label, in one of its colours."""
+    return render_to_string("unfold/helpers/label.html", {"text": text, "type": colour, "size": "md"})
 
 
 def size(number: float) -> str:
@@ -117,9 +121,11 @@ def chips(labels: Iterable[str]) -> str:
     return SafeString(" ".join(parts)) if parts else "-"
 
 
+def selector(text: str) -> str:
+    """A label selector as it is written."""
+    return format_html('<code class="fleet-code">{}</code>', text) if text else "every device"
+
+
 def label_chips(labels: dict[str, Any]) -> str:
-    """`site=north` tags of a label mapping, or of a selector (a list of allowed values)."""
-    return chips(
-        f"{key}={'|'.join(map(str, value)) if isinstance(value, list) else value}"
-        for key, value in sorted(labels.items())
-    )
+    """`site=north` tags of a label mapping."""
+    return chips(f"{key}={value}" for key, value in sorted(labels.items()))

@@ -49,6 +49,7 @@ VIEW_RENEW_BEFORE = timedelta(hours=12)
 
 # --- devices -----------------------------------------------------------------------------------------------------
 POLL_INTERVAL: float = env.float("FLEET_POLL_INTERVAL", 300.0)  # seconds between polls, told to every device
+FAST_POLL: bool = env.bool("FLEET_FAST_POLL", True)  # answer idle polls from memory; off: Django answers them all
 LAST_SEEN_FLUSH: float = env.float("FLEET_LAST_SEEN_FLUSH", 1.0)  # seconds that last-seen marks wait in memory
 
 # --- uploads and validation --------------------------------------------------------------------------------------

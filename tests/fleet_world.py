@@ -18,7 +18,7 @@ from device_sdk.protocol.events import Event, EventPost
 from device_sdk.protocol.names import ReleasePath
 from device_sdk.protocol.polls import Tag, running_digest
 from fleet.accounts.services import OPERATORS, VIEWERS, create_token
-from fleet.devices import credentials
+from fleet.devices import credentials, selection
 from fleet.devices.models import Device, EnrolmentToken, Group, RunningSet
 from fleet.devices.services import create_token as create_enrolment_token
 from fleet.releases.models import Model, Release, Variant
@@ -63,7 +63,7 @@ def devices(number: int, **more: Any) -> list[Device]:
 
 
 def group(name: str = "berlin", **selector: list[str]) -> Group:
-    return Group.objects.create(name=name, selector=selector or {"site": ["berlin"]})
+    return Group.objects.create(name=name, selector=str(selection.chosen(selector or {"site": ["berlin"]})))
 
 
 def enrolment_token(**more: Any) -> tuple[EnrolmentToken, str]:

@@ -19,7 +19,7 @@ from deploy.bench import models
 from deploy.bench.measure import Row, Scale, Section
 from deploy.bench.server import Server
 from device_sdk import Fleet
-from device_sdk.client import enrol
+from device_sdk.enrolment import enrol
 from device_sdk.protocol import polls
 
 UP, DOWN, UPDATE = 212, 119, 7_000  # of the prototype

@@ -27,6 +27,7 @@ from rest_framework.viewsets import GenericViewSet, ReadOnlyModelViewSet
 
 from fleet.api import serializers as shapes
 from fleet.api.auth import ModelPermissions
+from fleet.devices import matching, selection
 from fleet.devices import selectors as device_selectors
 from fleet.devices import services as devices
 from fleet.devices.models import Device, DeviceEvent, Group
@@ -62,6 +63,16 @@ class MayReadDevices(ModelPermissions):
         **ModelPermissions.perms_map,
         "GET": ["releases.view_release", "devices.view_device"],
         "HEAD": ["releases.view_release", "devices.view_device"],
+    }
+
+
+class MayReadRollouts(ModelPermissions):
+    """Of a device and of rollouts: what is told is which of them admit it."""
+
+    perms_map = {
+        **ModelPermissions.perms_map,
+        "GET": ["devices.view_device", "rollouts.view_rollout"],
+        "HEAD": ["devices.view_device", "rollouts.view_rollout"],
     }
 
 
@@ -144,6 +155,7 @@ class GroupViewSet(
 
 class DeviceFilter(filters.FilterSet):  # type: ignore[misc]
     group = filters.ModelChoiceFilter(queryset=Group.objects.all(), method="in_group")
+    selector = filters.CharFilter(method="selected", help_text="a label selector: `site in (berlin, hamburg), !lab`")
 
     class Meta:
         model = Device
@@ -151,7 +163,11 @@ class DeviceFilter(filters.FilterSet):  # type: ignore[misc]
 
     @extend_schema_field(OpenApiTypes.INT)
     def in_group(self, queryset: QuerySet[Device], name: str, group: Group) -> QuerySet[Device]:
-        return queryset.filter(pk__in=[device.pk for device in device_selectors.members(group)])
+        return queryset.filter(pk__in=matching.chosen(matching.selector_of(group)))
+
+    def selected(self, queryset: QuerySet[Device], name: str, text: str) -> QuerySet[Device]:
+        """Of any state: `state=active` narrows it to those that a group with this selector would have."""
+        return queryset.filter(matching.where(selection.parse(text)))
 
 
 class DeviceViewSet(ReadOnlyModelViewSet[Device]):
@@ -160,6 +176,16 @@ class DeviceViewSet(ReadOnlyModelViewSet[Device]):
     queryset = Device.objects.select_related("runs").prefetch_related("statuses")
     serializer_class = shapes.DeviceSerializer
     filterset_class = DeviceFilter
+
+    @extend_schema(
+        parameters=[OpenApiParameter("model", str, description="only of this model")],
+        responses={200: shapes.ExplanationSerializer(many=True), **REFUSALS},
+    )
+    @action(detail=True, filterset_class=None, pagination_class=None, permission_classes=[MayReadRollouts])
+    def explain(self, request: Request, pk: str) -> Response:
+        """Why it runs what it runs: every rollout of its models in the order in which they are asked, with reasons."""
+        told = rollout_selectors.explain(self.get_object(), request.query_params.get("model"))
+        return Response(shapes.ExplanationSerializer(told, many=True).data)
 
     @extend_schema(request=shapes.CommentSerializer, responses={200: shapes.DeviceSerializer, **WRITE_REFUSALS})
     @action(detail=True, methods=["post"], permission_classes=[MayChange])
@@ -258,9 +284,9 @@ _does = extend_schema(
 class RolloutViewSet(ReadOnlyModelViewSet[Rollout]):
     """One release to one group, in stages. Progress is in the single rollout, not in the list."""
 
-    queryset = Rollout.objects.select_related("release__model", "group", "created_by").prefetch_related(
-        "stages", "actions"
-    )
+    queryset = Rollout.objects.select_related(
+        "release__model", "group", "exclude_group", "created_by"
+    ).prefetch_related("stages__ring", "actions")
     filterset_class = RolloutFilter
 
     def get_serializer_class(self) -> type[shapes.RolloutSerializer]:

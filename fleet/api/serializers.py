@@ -5,12 +5,14 @@ from typing import Any
 from drf_spectacular.utils import extend_schema_field
 from rest_framework import serializers
 
-from device_sdk.protocol.assignment import MAX_BYTES
+from device_sdk.protocol.assignment import LONGEST_HOLD, MAX_BYTES, MAX_HOLD
+from fleet.devices import selection
 from fleet.devices.models import Device, DeviceEvent, Group, ModelStatus
 from fleet.feedback.models import Batch, Campaign
 from fleet.releases import selectors as release_selectors
 from fleet.releases.models import Model, Release, Variant
 from fleet.rollouts import evidence, selectors
+from fleet.rollouts.explaining import Explanation
 from fleet.rollouts.models import GuardReading, Rollout, RolloutAction, Stage
 from fleet.rollouts.services import StagePlan
 
@@ -54,7 +56,7 @@ class VariantSerializer(serializers.ModelSerializer[Variant]):
         model = Variant
         fields = (
             "name", "manifest_sha256", "state", "reason", "inputs", "outputs", "opset", "size", "validated_at",
-            "metadata", "attachments",
+            "acceptance", "metadata", "attachments",
         )  # fmt: skip
 
     @extend_schema_field(serializers.DictField(child=serializers.CharField()))
@@ -93,12 +95,13 @@ class DeviceSerializer(serializers.ModelSerializer[Device]):
     pins = serializers.DictField(child=serializers.CharField(), read_only=True, help_text="model to version")
     runs = serializers.SerializerMethodField(help_text="model to version/variant")
     statuses = StatusSerializer(many=True, read_only=True)
+    abilities = serializers.DictField(read_only=True, help_text="what it said that it can run")
 
     class Meta:
         model = Device
         fields = (
-            "id", "name", "state", "labels", "models", "pins", "runs", "statuses", "sdk", "dropped_events", "refusal",
-            "enrolled_at", "last_seen",
+            "id", "name", "state", "labels", "models", "pins", "runs", "statuses", "sdk", "abilities", "dropped_events",
+            "refusal", "enrolled_at", "last_seen",
         )  # fmt: skip
 
     def get_runs(self, device: Device) -> dict[str, str]:
@@ -116,11 +119,16 @@ class EventSerializer(serializers.ModelSerializer[DeviceEvent]):
         )  # fmt: skip
 
 
+class SelectorSerializerField(serializers.CharField):
+    """A label selector; the service checks it, and answers with a code."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(default="", allow_blank=True, max_length=selection.TEXT_CHARS, **options)
+
+
 class GroupSerializer(serializers.ModelSerializer[Group]):
-    selector = serializers.DictField(
-        child=serializers.ListField(child=serializers.CharField()),
-        default=dict,
-        help_text="label to its allowed values; empty: every device",
+    selector = SelectorSerializerField(
+        help_text="such as `site in (berlin, hamburg), hw=jetson, !lab`; empty: every device"
     )
 
     class Meta:
@@ -133,7 +141,8 @@ class StageSerializer(serializers.ModelSerializer[Stage]):
     class Meta:
         model = Stage
         fields = (
-            "percent", "soak_seconds", "min_reports", "success_threshold", "failure_budget", "entered_at", "passed_at",
+            "percent", "ring", "soak_seconds", "min_reports", "success_threshold", "failure_budget", "entered_at",
+            "passed_at",
         )  # fmt: skip
 
 
@@ -171,9 +180,10 @@ class RolloutSerializer(serializers.ModelSerializer[Rollout]):
     class Meta:
         model = Rollout
         fields: tuple[str, ...] = (
-            "id", "release", "model", "version", "group", "state", "reason", "stage_index", "stage_since", "stages",
-            "on_failure", "urgent", "window", "conditions", "guards", "created_by", "created_at", "started_at",
-            "finished_at",
+            "id", "release", "model", "version", "group", "selector", "exclude", "exclude_group", "state", "reason",
+            "stage_index", "stage_since", "stages", "on_failure", "urgent", "window", "probation", "conditions",
+            "max_hold", "forgive", "guards", "created_by",
+            "created_at", "started_at", "finished_at",
         )  # fmt: skip
 
 
@@ -196,7 +206,12 @@ class RolloutDetailSerializer(RolloutSerializer):
 
 
 class StagePlanSerializer(serializers.Serializer[StagePlan]):
-    percent = serializers.FloatField(help_text="of the group, cumulative; the last one is 100")
+    percent = serializers.FloatField(
+        default=0.0, help_text="of the group, cumulative; the last one is 100. Not asked for with a ring"
+    )
+    ring = serializers.PrimaryKeyRelatedField(
+        queryset=Group.objects.all(), allow_null=True, default=None, help_text="a group whose devices go first"
+    )
     soak_seconds = serializers.IntegerField(default=0, min_value=0, max_value=2**31 - 1)
     min_reports = serializers.IntegerField(default=1, min_value=0, max_value=2**31 - 1)
     success_threshold = serializers.FloatField(default=0.9, min_value=0, max_value=1)
@@ -213,6 +228,15 @@ class ProbationSerializer(serializers.Serializer[Any]):
     seconds = serializers.FloatField(required=False, min_value=0)
     max_error_rate = serializers.FloatField(required=False, min_value=0, max_value=1)
     max_invalid_rate = serializers.FloatField(required=False, min_value=0, max_value=1)
+    max_slowdown = serializers.FloatField(
+        required=False, min_value=1, max_value=1000, help_text="median latency, as a multiple of the release's before"
+    )
+    max_confidence_drop = serializers.FloatField(
+        required=False, min_value=0, max_value=1, help_text="of the mean top score; the manifest names the scores"
+    )
+    max_class_shift = serializers.FloatField(
+        required=False, min_value=0, max_value=1, help_text="total variation distance of the class mix"
+    )
 
 
 class ConditionsSerializer(serializers.Serializer[Any]):
@@ -261,6 +285,9 @@ class GuardsSerializer(serializers.Serializer[Any]):
 class RolloutCreateSerializer(serializers.Serializer[Rollout]):
     release = serializers.PrimaryKeyRelatedField(queryset=Release.objects.select_related("model"))
     group = serializers.PrimaryKeyRelatedField(queryset=Group.objects.all(), allow_null=True, default=None)
+    selector = SelectorSerializerField(help_text="narrows the group")
+    exclude = SelectorSerializerField(help_text="devices of the group to leave out; empty: none")
+    exclude_group = serializers.PrimaryKeyRelatedField(queryset=Group.objects.all(), allow_null=True, default=None)
     stages = StagePlanSerializer(many=True)
     on_failure = serializers.ChoiceField(Rollout.OnFailure.choices, default=Rollout.OnFailure.ROLL_BACK)
     urgent = serializers.BooleanField(default=False)
@@ -268,6 +295,10 @@ class RolloutCreateSerializer(serializers.Serializer[Rollout]):
     probation = ProbationSerializer(allow_null=True, default=None)
     conditions = ConditionsSerializer(allow_null=True, default=None)
     guards = GuardsSerializer(allow_null=True, default=None)
+    max_hold = serializers.IntegerField(
+        default=MAX_HOLD, min_value=0, max_value=LONGEST_HOLD, help_text="seconds for which a program may put it off"
+    )
+    forgive = serializers.BooleanField(default=False, help_text="devices that quarantined the release try it again")
 
 
 class CommentSerializer(serializers.Serializer[Any]):
@@ -320,6 +351,27 @@ class BatchSerializer(serializers.ModelSerializer[Batch]):
             "id", "batch_id", "device", "model", "campaign", "sha256", "length", "samples", "dropped", "state",
             "reason", "announced_at", "received_at", "ingested_at",
         )  # fmt: skip
+
+
+class ConsideredSerializer(serializers.Serializer[Any]):
+    rollout = serializers.IntegerField()
+    gives = serializers.CharField(help_text="a version")
+    state = serializers.CharField()
+    why = serializers.CharField(help_text="`admits`, or the first rule by which it does not admit the device")
+    detail = serializers.CharField()
+    decides = serializers.BooleanField()
+
+
+class ExplanationSerializer(serializers.Serializer[Any]):
+    model = serializers.CharField()
+    runs = serializers.CharField(help_text="version/variant, or empty")
+    wants = serializers.SerializerMethodField(help_text="version/variant that it should run; empty: what it runs")
+    by = serializers.ChoiceField(["pin", "rollout", "nobody"])
+    verdict = serializers.CharField()
+    considered = ConsideredSerializer(many=True, help_text="in the order in which they are asked")
+
+    def get_wants(self, told: Explanation) -> str:
+        return told.assignment.release.running if told.assignment.release else ""
 
 
 class LaggardSerializer(serializers.Serializer[selectors.Laggard]):

@@ -13,7 +13,7 @@ from django.utils.html import format_html
 from device_sdk.protocol.errors import ProtocolError
 from device_sdk.protocol.manifest import Manifest
 from fleet import presentation
-from fleet.dashboard import selectors
+from fleet.dashboard import quality, selectors
 from fleet.devices import selectors as devices
 from fleet.devices.models import Device, EnrolmentToken
 from fleet.errors import FleetError
@@ -41,7 +41,7 @@ def guards(rollout: Rollout) -> Table:
     """What each stage asks before it passes."""
     rows = [
         [
-            f"{stage.percent:g} %",
+            str(stage),
             f"{stage.success_threshold:.0%} of {stage.min_reports}+ reports",
             stage.failure_budget,
             _span(stage.soak_seconds),
@@ -148,7 +148,7 @@ def _models_of(row: Device) -> Table:
                 presentation.state(status.state) if status else "-",
                 presentation.ago(status.since) if status else "-",
                 status.reason if status else "",
-                ", ".join(f"{key} {value}" for key, value in sorted(status.health.items())) if status else "",
+                quality.health(status.health) if status and status.health else "",
             ]
         )
     return table(["Model", "Runs", "State", "Since", "Reason", "Health"], cells)
@@ -286,7 +286,7 @@ def _variant(variant: Variant) -> dict[str, Any]:
     manifest = _manifest(variant)
     return {
         "of": variant,
-        "facts": _facts(manifest) if manifest else [],
+        "facts": [*(_facts(manifest) if manifest else []), *_accepted(variant.acceptance)],
         "tensors": table(
             ["", "Name", "Type", "Shape"],
             [
@@ -299,11 +299,11 @@ def _variant(variant: Variant) -> dict[str, Any]:
             ["Name", "Size", "SHA-256"],
             [
                 [
-                    format_html("{}{}", f.name, " (entry)" if f.name == manifest.entry else ""),
+                    format_html("{}{}", f.name, _part(manifest, f.name)),
                     presentation.size(f.length),
                     presentation.short(f.sha256, 20),
                 ]
-                for f in manifest.files
+                for f in manifest.fetched
             ]
             if manifest
             else [],
@@ -336,7 +336,35 @@ def _facts(manifest: Manifest) -> list[tuple[str, str]]:
     floors = manifest.requires
     named = [("Needs SDK", floors.sdk), ("Needs runtime", floors.runtime), ("Needs opset", str(floors.opset or ""))]
     named.append(("Needs memory", presentation.size(floors.memory) if floors.memory else ""))
+    named.append(("Needs architecture", " or ".join(floors.arch)))
+    named.append(("Needs provider", " or ".join(floors.providers)))
+    named.append(("Steps through", floors.release))
     return [(name, value) for name, value in named if value]
+
+
+def _part(manifest: Manifest, name: str) -> str:
+    bundle = manifest.acceptance.name if manifest.acceptance else ""
+    return {manifest.entry: " (entry)", bundle: " (acceptance bundle)"}.get(name, "")
+
+
+def _accepted(found: dict[str, Any]) -> list[tuple[str, str]]:
+    """What devices ask the variant before it serves, and what this server's processor answered."""
+    if not found:
+        return []
+    held = f"{found['asked']} of {found['samples']} asked here"
+    own = [f"{name}: {_tolerance(each)}" for name, each in found["tolerances"].items()]
+    budget, memory = found["latency_ms"], found["memory"]
+    facts = [
+        ("Acceptance samples", f"{held}, the last did not hold" if found["problem"] else f"{held}, and held"),
+        ("Tolerance", ", ".join([_tolerance(found), *own])),
+        ("Latency budget", f"{budget:g} ms a call; {found['here_ms']:g} ms here" if budget else ""),
+        ("Memory budget", presentation.size(memory) if memory else ""),
+    ]
+    return [(name, value) for name, value in facts if value]
+
+
+def _tolerance(found: dict[str, Any]) -> str:
+    return f"{found['atol']:g} + {found['rtol']:g} of the value"
 
 
 def _shape(sizes: list[Any]) -> str:

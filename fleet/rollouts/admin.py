@@ -17,6 +17,7 @@ from fleet.errors import FleetError
 from fleet.rollouts import services
 from fleet.rollouts.forms import RolloutForm
 from fleet.rollouts.models import Outcome, Rollout
+from fleet.rollouts.terms import watch
 
 State = Rollout.State
 
@@ -45,13 +46,24 @@ class RolloutAdmin(KeptAdmin):
     list_filter: ClassVar = [("state", ChoicesDropdownFilter), ("release__model", RelatedDropdownFilter)]
     search_fields: ClassVar = ["release__version", "release__model__name", "group__name"]
     list_select_related: ClassVar = ["release__model", "group", "created_by"]
-    fields = ("to", "on_failure", "install", "waits_for", "probation_text", "by", "started", "finished", "audited")
+    fields = (
+        "meant_for",
+        "on_failure",
+        "install",
+        "waits_for",
+        "probation_text",
+        "by",
+        "started",
+        "finished",
+        "audited",
+    )
     readonly_fields = fields
     add_fieldsets = (
-        (None, {"fields": ("release", "group")}),
+        (None, {"fields": ("release", "group", "selector", "exclude_group", "exclude")}),
         ("Stages", {"fields": ("percents", "soak_minutes", "success_percent", "min_reports", "failure_budget")}),
         ("Guards", {"fields": ("guards", "false_alarm_percent", "guard_devices", "guard_calls")}),
         ("On the device", {"fields": ("on_failure", "urgent", "window_start", "window_end", "start_now")}),
+        ("Probation", {"fields": watch.FIELDS}),
         ("It waits until", {"fields": (*CONDITION_FLAGS, *CONDITION_SIZES)}),
     )
     change_form_outer_before_template = "dashboard/rollout.html"
@@ -189,7 +201,17 @@ class RolloutAdmin(KeptAdmin):
 
     @display(description="To")
     def to(self, rollout: Rollout) -> str:
-        return str(rollout.group or "every device")
+        """Short, for the list."""
+        narrowed = "*" if rollout.selector or rollout.exclude or rollout.exclude_group_id else ""
+        return f"{rollout.group or 'every device'}{narrowed}"
+
+    @display(description="For")
+    def meant_for(self, rollout: Rollout) -> str:
+        """The group and what narrows it, as it is written."""
+        parts = [f"group {rollout.group}" if rollout.group else "every device", f"only {rollout.selector}"]
+        parts += [f"without group {rollout.exclude_group}", f"without {rollout.exclude}"]
+        there = (True, rollout.selector, rollout.exclude_group, rollout.exclude)
+        return presentation.chips(part for part, is_there in zip(parts, there, strict=True) if is_there)
 
     @display(description="State", ordering="state")
     def state_label(self, rollout: Rollout) -> str:
@@ -239,4 +261,5 @@ class RolloutAdmin(KeptAdmin):
 
     @display(description="Probation")
     def probation_text(self, rollout: Rollout) -> str:
-        return presentation.label_chips(rollout.probation) if rollout.probation else "standard"
+        said = watch.texts(rollout.probation, rollout.max_hold, forgive=rollout.forgive)
+        return presentation.chips(said) if said else "standard"

@@ -100,7 +100,7 @@ def _side(rollout: Rollout, device: Device, event: Event) -> bool | None:
         because = outcome is not None and outcome.step != ""  # who ran it before has no step
         return True if because and event.rollout == str(rollout.pk) else None
     rules = snapshots.rules_of(rollout) if outcome is None else None
-    return False if rules is not None and policy.targets(rules, device.labels) else None
+    return False if rules is not None and policy.targets(rules, device.labels, device.name) else None
 
 
 def _begin(watch: Watch, terms: guards.Terms, numbers: Numbers, last: Numbers | None) -> Watch | None:

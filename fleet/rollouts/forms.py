@@ -1,7 +1,6 @@
 """The form that proposes a rollout. Stages share their guards; the API takes each stage with its own."""
 
 from datetime import time
-from itertools import pairwise
 from typing import Any
 
 from django import forms
@@ -15,10 +14,13 @@ from unfold.widgets import (
 )
 
 from device_sdk.protocol.assignment import CONDITION_FLAGS, MAX_BYTES
+from fleet.devices.forms import SelectorField
 from fleet.devices.models import Group
+from fleet.errors import Invalid
 from fleet.releases.models import Release
-from fleet.rollouts import guards, services
+from fleet.rollouts import guards, services, targeting
 from fleet.rollouts.models import Rollout
+from fleet.rollouts.terms.watch import WatchFields
 
 
 def _megabytes(label: str, help_text: str) -> forms.IntegerField:
@@ -32,18 +34,30 @@ def _megabytes(label: str, help_text: str) -> forms.IntegerField:
     )
 
 
-class RolloutForm(forms.ModelForm):  # type: ignore[type-arg]
+class RolloutForm(WatchFields, forms.ModelForm):  # type: ignore[type-arg]
     release = forms.ModelChoiceField(
         Release.objects.filter(state=Release.State.VALID).select_related("model"), widget=UnfoldAdminSelectWidget
     )
     group = forms.ModelChoiceField(
         Group.objects.all(), required=False, empty_label="Every device", widget=UnfoldAdminSelectWidget
     )
+    selector = SelectorField(label="Only", help_text="Narrows the group: site in (graz, linz), !lab. Empty: all of it.")
+    exclude_group = forms.ModelChoiceField(
+        Group.objects.all(),
+        label="Without the group",
+        required=False,
+        empty_label="Nobody is left out",
+        widget=UnfoldAdminSelectWidget,
+    )
+    exclude = SelectorField(
+        label="Without", help_text="Devices that are left out: tier=gold, or @name in (cam-1, cam-2)."
+    )
     percents = forms.CharField(
         label="Stages",
         initial="5, 25, 100",
         widget=UnfoldAdminTextInputWidget,
-        help_text="Percent of the group that each stage reaches, rising to 100.",
+        help_text="Percent of the group that each stage reaches, rising to 100. The name of a group is a ring: its "
+        "devices go first, as in canary, 5, 25, 100.",
     )
     soak_minutes = forms.IntegerField(
         initial=60, min_value=0, widget=UnfoldAdminIntegerFieldWidget, help_text="Shortest time in each stage."
@@ -136,17 +150,15 @@ class RolloutForm(forms.ModelForm):  # type: ignore[type-arg]
 
     class Meta:
         model = Rollout
-        fields = ("release", "group", "on_failure", "urgent")
+        fields = ("release", "group", "selector", "exclude", "exclude_group", "on_failure", "urgent")
 
-    def clean_percents(self) -> list[float]:
+    def clean_percents(self) -> list[dict[str, Any]]:
         try:
-            percents = [float(part) for part in self.cleaned_data["percents"].replace("%", "").split(",")]
-        except ValueError as error:
-            raise forms.ValidationError("expected numbers separated by commas, such as 5, 25, 100") from error
-        rising = all(a < b for a, b in pairwise(percents))
-        if not rising or percents[0] <= 0 or percents[-1] != 100:
-            raise forms.ValidationError("expected rising numbers over 0, the last one 100")
-        return percents
+            stages = [targeting.read_stage(part) for part in self.cleaned_data["percents"].split(",")]
+            targeting.percents([services.StagePlan(**stage) for stage in stages])
+        except Invalid as error:
+            raise forms.ValidationError(error.message) from error
+        return stages
 
     def clean_guards(self) -> dict[str, Any]:
         try:
@@ -175,13 +187,15 @@ class RolloutForm(forms.ModelForm):  # type: ignore[type-arg]
         return {
             "release": given["release"],
             "group": given["group"],
-            "stages": [services.StagePlan(percent=percent, **plan) for percent in given["percents"]],
+            **{name: given[name] for name in ("selector", "exclude", "exclude_group")},
+            "stages": [services.StagePlan(**stage, **plan) for stage in given["percents"]],
             "on_failure": given["on_failure"],
             "urgent": given["urgent"],
             "window": window,
             "guards": self._guards() if given["guards"] else {},
             "conditions": {name: (given[name] or 0) * unit for name, unit in _UNITS.items() if given[name]}
             | {name: True for name in CONDITION_FLAGS if given[name]},
+            **self.watch_terms(),
         }
 
     def _guards(self) -> dict[str, Any]:

@@ -4,6 +4,8 @@ from typing import ClassVar
 
 from django.db import models
 
+from device_sdk.protocol.assignment import MAX_HOLD
+
 
 class Rollout(models.Model):
     """One release to one group, in stages. Its lifecycle is the table in `services`."""
@@ -24,6 +26,11 @@ class Rollout(models.Model):
 
     release = models.ForeignKey("releases.Release", on_delete=models.PROTECT, related_name="rollouts")
     group = models.ForeignKey("devices.Group", null=True, blank=True, on_delete=models.PROTECT)  # null: every device
+    selector = models.TextField(blank=True)  # narrows the group; in the language of devices.selection, as `exclude`
+    exclude = models.TextField(blank=True)  # devices of the group that it is not for; empty: none
+    exclude_group = models.ForeignKey(
+        "devices.Group", null=True, blank=True, on_delete=models.PROTECT, related_name="excluding_rollouts"
+    )
     state = models.CharField(max_length=20, choices=State.choices, default=State.DRAFT)
     reason = models.CharField(max_length=500, blank=True)  # why it is in this state
     salt = models.CharField(max_length=32, editable=False)
@@ -38,6 +45,8 @@ class Rollout(models.Model):
     guards = models.JSONField(default=dict, blank=True)  # see guards.Terms; empty: none
     evidence_run = models.PositiveIntegerField(default=0, editable=False)  # begins anew with each resume
     evidence_since = models.DateTimeField(null=True, blank=True, editable=False)  # when this run of evidence began
+    max_hold = models.PositiveIntegerField(default=MAX_HOLD)  # seconds for which a program may put it off
+    forgive = models.BooleanField(default=False)  # devices that quarantined the release try it again
     created_by = models.ForeignKey("auth.User", null=True, blank=True, on_delete=models.SET_NULL, related_name="+")
     created_at = models.DateTimeField(auto_now_add=True)
     started_at = models.DateTimeField(null=True, blank=True)
@@ -52,11 +61,17 @@ class Rollout(models.Model):
 
 
 class Stage(models.Model):
-    """A step. `percent` of the group; it passes on `success_threshold` of reports after `soak_seconds`."""
+    """A step: a percentage of the group, or a ring; it passes on `success_threshold` of reports after `soak_seconds`.
+
+    Who was admitted stays: of a ring's stage, `percent` is what the stages before it have reached.
+    """
 
     rollout = models.ForeignKey(Rollout, on_delete=models.CASCADE, related_name="stages")
     index = models.PositiveIntegerField()
-    percent = models.FloatField()  # of the group, cumulative, over 0 to 100
+    percent = models.FloatField()  # of the group, cumulative, over 0 to 100; from 0 with a ring
+    ring = models.ForeignKey(
+        "devices.Group", null=True, blank=True, on_delete=models.PROTECT, related_name="ring_of_stages"
+    )
     soak_seconds = models.PositiveIntegerField(default=0)
     min_reports = models.PositiveIntegerField(default=1)  # outcomes needed before anything is decided
     success_threshold = models.FloatField(default=0.9)  # fraction of the stage's admitted devices that committed
@@ -69,12 +84,14 @@ class Stage(models.Model):
         constraints: ClassVar = [
             models.UniqueConstraint(fields=["rollout", "index"], name="stage_once_per_rollout"),
             models.CheckConstraint(
-                condition=models.Q(percent__gt=0, percent__lte=100), name="stage_percent_within_bounds"
+                condition=models.Q(percent__lte=100)
+                & (models.Q(percent__gt=0) | models.Q(percent__gte=0, ring__isnull=False)),
+                name="stage_percent_within_bounds",
             ),
         ]
 
     def __str__(self) -> str:
-        return f"{self.percent:g} %"
+        return f"ring {self.ring}" if self.ring else f"{self.percent:g} %"
 
 
 class Outcome(models.Model):

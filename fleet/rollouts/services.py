@@ -1,11 +1,9 @@
 """All that changes a rollout. Every move is a compare-and-set on its state, with a row that says who and why."""
 
 import re
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from datetime import datetime
-from itertools import pairwise
-from math import isfinite
 from secrets import token_hex
 from typing import Any
 
@@ -15,18 +13,20 @@ from django.db import transaction
 from django.utils import timezone
 
 from device_sdk.protocol import events as wire
-from device_sdk.protocol.assignment import Conditions, Probation, Window
+from device_sdk.protocol.assignment import MAX_HOLD, Conditions, Window
 from device_sdk.protocol.errors import ProtocolError
 from fleet.audit import services as audit
 from fleet.devices import services as devices
+from fleet.devices.changes import device_changed
 from fleet.devices.models import Device, Group, ModelStatus
-from fleet.devices.selectors import members, version_of
+from fleet.devices.selectors import version_of
 from fleet.errors import Conflict, Invalid
 from fleet.releases import selectors as releases
 from fleet.releases.deltas import services as deltas
 from fleet.releases.models import Release
-from fleet.rollouts import evidence, guards, policy, selectors, snapshots
+from fleet.rollouts import evidence, guards, policy, selectors, snapshots, targeting
 from fleet.rollouts.models import Outcome, Rollout, RolloutAction, Stage
+from fleet.rollouts.terms import watch
 
 START, PAUSE, RESUME, CANCEL, ROLL_BACK = "start", "pause", "resume", "cancel", "roll_back"
 CREATE, ADVANCE, COMPLETE, HALT = "create", "advance", "complete", "halt"
@@ -62,13 +62,18 @@ logger = structlog.get_logger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class StagePlan:
-    """A stage as its author wants it; see `models.Stage`."""
+    """A stage as its author wants it; see `models.Stage`. With a ring, the percentage is not asked for."""
 
-    percent: float
+    percent: float = 0.0
+    ring: Group | None = None
     soak_seconds: int = 0
     min_reports: int = 1
     success_threshold: float = 0.9
     failure_budget: int = 0
+
+
+def _columns(plan: StagePlan) -> dict[str, Any]:
+    return {item.name: getattr(plan, item.name) for item in fields(plan)}
 
 
 @transaction.atomic
@@ -83,11 +88,21 @@ def create(  # noqa: PLR0913  # a rollout has so many terms
     window: Mapping[str, int] | None = None,
     probation: Mapping[str, float] | None = None,
     conditions: Mapping[str, Any] | None = None,
+    max_hold: int = MAX_HOLD,
+    forgive: bool = False,
+    selector: str = "",
+    exclude: str = "",
+    exclude_group: Group | None = None,
     guards: Mapping[str, Any] | None = None,
 ) -> Rollout:
-    """Draft a rollout of a valid release. `group` None: every device. The last four: see the models."""
+    """Draft a rollout of a valid release. `group` None: every device; `window` to `forgive` are as on the wire.
+
+    `selector` narrows the group, `exclude` and `exclude_group` leave devices of it out: see `devices.selection`.
+    `guards` as in `guards.Terms`; None: none.
+    """
     _check_release(release)
-    _check_stages(stages)
+    reached = targeting.percents(stages)
+    targeting.check_guards(stages)
     if on_failure not in Rollout.OnFailure.values:
         raise Invalid("malformed", f"on_failure: expected one of {Rollout.OnFailure.values}; got {on_failure!r:.40}")
     rollout = Rollout.objects.create(
@@ -97,22 +112,31 @@ def create(  # noqa: PLR0913  # a rollout has so many terms
         on_failure=on_failure,
         urgent=urgent,
         window=_checked_window(window),
-        probation=_checked_probation(probation),
+        probation=watch.checked_probation(probation),
         conditions=_checked_conditions(conditions),
         guards=evidence.checked(guards),
+        max_hold=watch.checked_max_hold(max_hold),
+        forgive=forgive,
         created_by=actor if isinstance(actor, User) else None,
+        **targeting.checked(selector=selector, exclude=exclude, exclude_group=exclude_group),
     )
-    Stage.objects.bulk_create([Stage(rollout=rollout, index=i, **asdict(plan)) for i, plan in enumerate(stages)])
+    rows = [_columns(plan) | {"percent": percent} for plan, percent in zip(stages, reached, strict=True)]
+    Stage.objects.bulk_create([Stage(rollout=rollout, index=index, **row) for index, row in enumerate(rows)])
     plan = {
         "release": str(release),
         "group": group.name if group else "every device",
-        "stages": [asdict(stage) for stage in stages],
+        "selector": rollout.selector,
+        "exclude": rollout.exclude,
+        "exclude_group": exclude_group.name if exclude_group else "",
+        "stages": [row | {"ring": row["ring"].name if row["ring"] else ""} for row in rows],
         "on_failure": rollout.on_failure,
         "urgent": urgent,
         "window": rollout.window,
         "probation": rollout.probation,
         "conditions": rollout.conditions,
         "guards": rollout.guards,
+        "max_hold": max_hold,
+        "forgive": forgive,
     }
     _log(rollout.pk, CREATE, actor, "", plan)
     return rollout
@@ -218,19 +242,20 @@ def note_events(device: Device, events: Sequence[wire.Event]) -> None:
     """
     named = {int(event.rollout) for event in events if event.kind in OUTCOMES and ROLLOUT_ID.fullmatch(event.rollout)}
     started = Rollout.objects.filter(pk__in=named, started_at__isnull=False) if named else Rollout.objects.none()
-    rollouts = list(started.select_related("release__model", "group").prefetch_related("stages"))
+    rollouts = list(started.select_related("release__model", "group", "exclude_group").prefetch_related("stages__ring"))
     if not rollouts:
         return
     Device.objects.select_for_update().get(pk=device.pk)  # its reports one after another
     outcomes = {row.rollout_id: row for row in Outcome.objects.filter(device=device, rollout__in=rollouts)}
     failures = _failures(outcomes.values())
     for rollout in rollouts:
-        told = [event for event in events if event.rollout == str(rollout.pk) and _is_report(event, rollout)]
+        told = list(_reports(rollout, [event for event in events if event.rollout == str(rollout.pk)]))
         if told and (rollout.pk in outcomes or _admitted(rollout, device)):
             outcomes[rollout.pk] = _after(told, outcomes.get(rollout.pk) or Outcome(rollout=rollout, device=device))
     _store(outcomes.values())
     if _failures(outcomes.values()) > failures:
         wake_engine()
+        device_changed(device.pk)
 
 
 def wake_engine() -> None:
@@ -240,10 +265,20 @@ def wake_engine() -> None:
     transaction.on_commit(tasks.tick.delay, robust=True)
 
 
-def _is_report(event: wire.Event, rollout: Rollout) -> bool:
+def _reports(rollout: Rollout, events: Iterable[wire.Event]) -> Iterator[tuple[wire.Event, str]]:
+    """The events that say how the device fares, with what each amounts to.
+
+    Of a release to step through, a failure counts and a success does not yet.
+    """
     release = rollout.release
-    mine = event.release and (event.release.model, event.release.version) == (release.model.name, release.version)
-    return bool(mine) and event.kind in OUTCOMES
+    for event in events:
+        if event.release is None or event.release.model != release.model.name or event.kind not in OUTCOMES:
+            continue
+        if event.release.version == release.version:
+            yield event, OUTCOMES[event.kind]
+        elif event.release.version in snapshots.release_ref(release).floors:
+            failed = OUTCOMES[event.kind] == Outcome.State.FAILED
+            yield event, Outcome.State.FAILED if failed else Outcome.State.UPDATING
 
 
 def _admitted(rollout: Rollout, device: Device) -> bool:
@@ -251,12 +286,12 @@ def _admitted(rollout: Rollout, device: Device) -> bool:
     rules = snapshots.rules_of(rollout)
     if rules is None or rollout.release.model.name not in device.model_names:
         return False
-    return policy.targets(rules, device.labels) and policy.in_cohort(rules.salt, device.name, rules.percent)
+    facts = policy.DeviceFacts(device.name, policy.Traits.of(device.labels, device.model_names))
+    return policy.targets(rules, device.labels, device.name) and policy.reaches(rules, facts)
 
 
-def _after(events: Sequence[wire.Event], outcome: Outcome) -> Outcome:
-    for event in events:
-        state = OUTCOMES[event.kind]
+def _after(reports: Sequence[tuple[wire.Event, str]], outcome: Outcome) -> Outcome:
+    for event, state in reports:
         if RANK[state] >= RANK.get(outcome.state, 0):
             outcome.state, outcome.step, outcome.reason = state, event.kind, event.reason
     return outcome
@@ -283,8 +318,8 @@ def _store(outcomes: Collection[Outcome]) -> None:
 
 def tick() -> None:
     """Let every running rollout take the step that its policy says. Safe to repeat, and with two engines at once."""
-    running = Rollout.objects.filter(state=State.RUNNING).select_related("release__model", "group")
-    for rollout in running.prefetch_related("stages"):
+    running = Rollout.objects.filter(state=State.RUNNING).select_related("release__model", "group", "exclude_group")
+    for rollout in running.prefetch_related("stages__ring"):
         try:
             _step(rollout, timezone.now())
         except Exception:  # one rollout that cannot be judged must not keep another from being halted
@@ -311,6 +346,7 @@ def _stage_rules(rollout: Rollout) -> policy.StageRules:
         min_reports=stage.min_reports if stage else 0,
         success_threshold=stage.success_threshold if stage else float("nan"),
         failure_budget=stage.failure_budget if stage else 0,
+        ring=stage is not None and stage.ring_id is not None,
         last=stage is not None and stage == stages[-1],
         on_failure=rollout.on_failure,
         since=rollout.stage_since,
@@ -374,7 +410,7 @@ def _move(rollout: Rollout, action: str, actor: User | str, comment: str, **chan
 def _fetch(rollout: Rollout | int) -> Rollout:
     """As it is now: the caller may have looked at it a while ago."""
     pk = rollout if isinstance(rollout, int) else rollout.pk
-    return Rollout.objects.select_related("release__model", "group").get(pk=pk)
+    return Rollout.objects.select_related("release__model", "group", "exclude_group").get(pk=pk)
 
 
 def _log(rollout: int, action: str, actor: User | str, comment: str, detail: Mapping[str, Any]) -> None:
@@ -388,20 +424,6 @@ def _log(rollout: int, action: str, actor: User | str, comment: str, detail: Map
 def _check_release(release: Release) -> None:
     if release.state != Release.State.VALID:
         raise Invalid("release_not_valid", f"{releases.standing(release)}; only a valid release can be rolled out")
-
-
-def _check_stages(stages: Sequence[StagePlan]) -> None:
-    percents = [plan.percent for plan in stages]
-    rising = all(low < high for low, high in pairwise(percents))
-    if not percents or not rising or percents[0] <= 0 or percents[-1] != 100:
-        raise Invalid("stages_malformed", f"stages: percentages must rise from over 0 to 100; got {percents}")
-    for plan in stages:
-        counts = (plan.soak_seconds, plan.min_reports, plan.failure_budget)
-        share = plan.success_threshold
-        if min(counts) < 0 or not (isfinite(share) and 0 <= share <= 1):
-            raise Invalid(
-                "stages_malformed", f"stages: expected whole numbers, and a threshold from 0 to 1; got {plan}"
-            )
 
 
 def _checked_window(window: Mapping[str, int] | None) -> dict[str, int] | None:
@@ -424,25 +446,20 @@ def _checked_conditions(conditions: Mapping[str, Any] | None) -> dict[str, Any]:
         raise Invalid(error.code, error.message) from error
 
 
-def _checked_probation(probation: Mapping[str, float] | None) -> dict[str, float]:
-    try:
-        return asdict(Probation.parse({**asdict(Probation()), **probation})) if probation else {}
-    except ProtocolError as error:
-        raise Invalid(error.code, error.message) from error
-
-
 def _fair_salt(rollout: Rollout) -> str:
-    """A salt by which the first stage gets the reports that it asks for, where the group is large enough for that.
+    """A salt by which every stage gets the reports that it asks for, where the group is large enough for that.
 
-    Ten percent of eight devices is often nobody: such a stage would wait for ever.
+    Ten percent of eight devices is often nobody, and half of them now and then one: such a stage would wait for ever.
     """
-    first = rollout.stages.get(index=0)
     model = rollout.release.model.name
-    names = [device.name for device in members(rollout.group) if model in device.model_names and not device.pins]
+    names = [row.name for row in targeting.devices(rollout) if model in row.model_names and not row.pins]
     salts = [rollout.salt, *(token_hex(16) for _ in range(SALTS_TRIED))] if len(names) < 1_000 else [rollout.salt]
-    enough = min(first.min_reports, len(names))
-    good = (salt for salt in salts if sum(policy.in_cohort(salt, name, first.percent) for name in names) >= enough)
-    return next(good, rollout.salt)
+    asked = [(stage.percent, min(stage.min_reports, len(names))) for stage in rollout.stages.filter(ring=None)]
+
+    def is_fair(salt: str) -> bool:
+        return all(sum(policy.in_cohort(salt, name, percent) for name in names) >= enough for percent, enough in asked)
+
+    return next(filter(is_fair, salts), rollout.salt)
 
 
 def _credit_those_who_run_it(rollout: Rollout) -> None:
@@ -455,7 +472,7 @@ def _credit_those_who_run_it(rollout: Rollout) -> None:
     )
     running = [
         device
-        for device in members(rollout.group)
+        for device in targeting.devices(rollout).select_related("runs")
         if device.runs and version_of(device.runs.runs.get(model, "")) == version
         if device.pk not in in_trial and model not in device.pins
     ]

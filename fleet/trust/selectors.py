@@ -52,6 +52,11 @@ def online_holders(root: repository.RoleRef) -> frozenset[str]:
     return _online_holders(root.version, root.sha256)
 
 
+def holders(trusted: InForce) -> frozenset[str]:
+    """`online_holders` of the root in force; nobody where there is none."""
+    return online_holders(trusted.root) if trusted.root else frozenset()
+
+
 @lru_cache(maxsize=4)  # by hash: what a root says never changes
 def _online_holders(version: int, sha256: str) -> frozenset[str]:
     content = RoleMetadata.objects.values_list("content", flat=True).get(role=ROOT, version=version, sha256=sha256)

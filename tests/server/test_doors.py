@@ -85,6 +85,7 @@ DOORS: dict[str, Door] = {
     "api/v1/devices/": READ,
     "api/v1/devices/<pk>/": READ,
     "api/v1/devices/<pk>/approve/": DO,
+    "api/v1/devices/<pk>/explain/": READ,
     "api/v1/devices/<pk>/labels/": DO,
     "api/v1/devices/<pk>/pin/": DO,
     "api/v1/devices/<pk>/revoke/": DO,

@@ -603,14 +603,17 @@ def test_a_row_that_cannot_be_read_admits_nobody_and_hurts_no_other() -> None:
     assert wanted(entry) == "1.0.0"
 
 
-def test_a_small_cohort_gets_the_reports_that_it_needs_where_the_group_has_them() -> None:
-    """A tenth of eight devices is often nobody, and such a stage would wait for ever."""
+def test_each_stage_gets_the_reports_that_it_needs_where_the_group_has_them() -> None:
+    """A tenth of eight devices is often nobody, half of them now and then one: such stages would wait for ever."""
     devices(8)
-    stages = [StagePlan(10, min_reports=1), StagePlan(100)]
+    stages = [StagePlan(10, min_reports=1), StagePlan(50, min_reports=4), StagePlan(100)]
     for number in range(5):
         rollout = running(release(f"1.{number}.0"), stages=stages)
-        assert len(admitted(rollout)) >= 1
-        services.cancel(rollout=rollout, actor="ann")
+        for index, enough in ((0, 1), (1, 4), (2, 8)):
+            Rollout.objects.filter(pk=rollout.pk).update(stage_index=index)
+            snapshots.bump()
+            assert len(admitted(fresh(rollout))) >= enough
+        services.cancel(rollout=fresh(rollout), actor="ann")
 
 
 def test_devices_that_run_the_release_already_count_from_the_start_but_not_those_in_a_trial() -> None:

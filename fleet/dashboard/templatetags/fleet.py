@@ -6,7 +6,7 @@ from django import template
 from django.utils import timezone
 
 from fleet import presentation
-from fleet.dashboard import guard_page, pages, selectors
+from fleet.dashboard import guard_page, pages, selectors, why
 from fleet.rollouts import services
 from fleet.rollouts.models import Rollout
 
@@ -90,6 +90,7 @@ register.simple_tag(pages.guards, name="rollout_guards")
 register.simple_tag(guard_page.evidence_of, name="rollout_evidence")
 register.simple_tag(pages.outcomes, name="rollout_outcomes")
 register.simple_tag(pages.device, name="device_page")
+register.simple_tag(why.device_why)
 register.simple_tag(pages.variants, name="release_variants")
 register.simple_tag(pages.revoked, name="release_revoked")
 register.simple_tag(pages.provenance, name="release_provenance")

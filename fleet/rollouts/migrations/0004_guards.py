@@ -8,7 +8,7 @@ class Migration(migrations.Migration):
 
     dependencies = [
         ('devices', '0002_device_refusal'),
-        ('rollouts', '0002_rollout_conditions'),
+        ('rollouts', '0007_probation'),
     ]
 
     operations = [

@@ -9,8 +9,9 @@ from django.core.management.base import BaseCommand, CommandError
 from fleet.devices.models import Group
 from fleet.errors import FleetError
 from fleet.releases.models import Release
-from fleet.rollouts import evidence, guards, selectors, services
+from fleet.rollouts import evidence, guards, selectors, services, targeting
 from fleet.rollouts.models import Rollout
+from fleet.rollouts.terms import watch
 
 ACTIONS = {
     "start": services.start,
@@ -50,7 +51,12 @@ class Command(BaseCommand):
         create.add_argument("model")
         create.add_argument("version")
         create.add_argument("--group", help="name of the group (default: every device)")
-        create.add_argument("--stage", type=float, action="append", help="percent; may be repeated (default: 100)")
+        create.add_argument("--only", default="", metavar="SELECTOR", help="narrows the group: 'site in (a, b), !lab'")
+        create.add_argument("--without", default="", metavar="SELECTOR", help="devices to leave out")
+        create.add_argument("--without-group", metavar="GROUP", help="a group to leave out")
+        create.add_argument(
+            "--stage", action="append", help="percent, or a group that goes first; may be repeated (default: 100)"
+        )
         create.add_argument("--soak", type=int, default=0, help="seconds that each stage lasts at least")
         create.add_argument("--min-reports", type=int, default=0, help="outcomes that each stage needs")
         create.add_argument("--success", type=float, default=0.9, help="fraction of the admitted that must commit")
@@ -64,6 +70,7 @@ class Command(BaseCommand):
             create.add_argument(f"--{name}", action="store_true", help=what)
         for name, what in SIZES.items():
             create.add_argument(f"--{name.replace('_', '-')}", type=int, default=0, metavar="BYTES", help=what)
+        watch.add_arguments(create)
         create.add_argument("--start", action="store_true", help="start it at once")
         _add_person(create)
         for name in ACTIONS:
@@ -83,8 +90,6 @@ class Command(BaseCommand):
             raise CommandError(error.message) from error
         except Release.DoesNotExist as error:
             raise CommandError(f"there is no release {options['model']} {options['version']}") from error
-        except Group.DoesNotExist as error:
-            raise CommandError(f"there is no group {options['group']!r}") from error
         except Rollout.DoesNotExist as error:
             raise CommandError(f"there is no rollout {options['rollout']}; see `rollout list`") from error
 
@@ -102,12 +107,16 @@ class Command(BaseCommand):
         actor = _actor(options["user"])
         rollout = services.create(
             release=Release.objects.get(model__name=model, version=version),
-            group=Group.objects.get(name=group) if group else None,
-            stages=[services.StagePlan(percent=percent, **plan) for percent in options["stage"] or [100.0]],
+            group=_group(group),
+            selector=options["only"],
+            exclude=options["without"],
+            exclude_group=_group(options["without_group"]),
+            stages=[services.StagePlan(**targeting.read_stage(text), **plan) for text in options["stage"] or ["100"]],
             on_failure=options["on_failure"],
             urgent=options["urgent"],
             guards=_guards(options),
             conditions={name: options[name] for name in (*CONDITIONS, *SIZES)},
+            **watch.from_options(options),
             actor=actor,
         )
         if start:
@@ -141,6 +150,13 @@ def _guards(options: dict[str, Any]) -> dict[str, Any]:
 def _add_person(parser: ArgumentParser) -> None:
     parser.add_argument("--user", help="who does it (default: the command line)")
     parser.add_argument("--comment", default="", help="why")
+
+
+def _group(name: str | None) -> Group | None:
+    try:
+        return Group.objects.get(name=name) if name else None
+    except Group.DoesNotExist as error:
+        raise CommandError(f"there is no group {name!r}") from error
 
 
 def _actor(name: str | None) -> User | str:
