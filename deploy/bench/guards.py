@@ -7,9 +7,11 @@ broken for good, spans of different lengths, and the world changes for everybody
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 
+from deploy.bench.measure import Row, Scale, Section
 from fleet.rollouts import betting, guards
 from fleet.rollouts.betting import Floats
 from fleet.rollouts.quality import CLASSES, CONFIDENCE, ERRORS, INVALID, LATENCY
@@ -19,7 +21,7 @@ BASES = np.array([0.001, 0.005, 0.02])  # error rates by hardware
 BROKEN = 0.01  # of all devices: half of their calls fail, on any release
 DRIFT = 1.3  # the world's change while the rollout runs, for both sides
 FALSE_ALARM = 0.01
-Z_ONE_PERCENT = 2.326  # one-sided
+Z_ONE_PERCENT, Z_SHARED, Z_NINE_OF_TEN = 2.326, 2.935, 1.282  # one-sided: 1 %, a sixth of 1 %, 10 %
 SIX = tuple(guards.SCALES)
 
 
@@ -123,3 +125,65 @@ def naive_halted(name: str, rng: Generator, rollouts: int, devices: int, *, look
         spread = np.sqrt((a.var(axis=1) + b.var(axis=1)) / look)
         crossed |= (a.mean(axis=1) - b.mean(axis=1)) / spread > Z_ONE_PERCENT
     return crossed.astype(float)
+
+
+# --- the table ----------------------------------------------------------------------------------------------------
+
+# Regression in the guard's unit, and devices of each side to look among.
+REGRESSIONS = [
+    (ERRORS, 0.01, 6_000), (ERRORS, 0.05, 400), (ERRORS, 0.2, 60), (LATENCY, 0.2, 600), (LATENCY, 0.5, 200),
+    (CONFIDENCE, 0.1, 200), (CLASSES, 0.3, 200),
+]  # fmt: skip
+FAILING = [(0.05, 2_000), (0.2, 400), (1.0, 50)]
+NOTES = (
+    "All six guards on, three stages, a false-alarm rate of 1 % in all; five unexposed devices for each exposed one.",
+    "Devices within which nine of ten bad rollouts are halted, beside what a single look would need.",
+    "Healthy: as bad as healthy can be, looked at throughout, beside a z-test made anew at each look.",
+)
+
+
+def measure(_: Path, scale: Scale) -> Section:
+    rng = np.random.default_rng(2026)
+    rollouts = 10 * scale.rounds
+    rows = [_healthy(rng, name, rollouts) for name in WORLDS]
+    rows += [_seen(rng, name, shift, devices, max(rollouts // 8, 10)) for name, shift, devices in REGRESSIONS]
+    rows += [_failing(rng, rate, devices, rollouts) for rate, devices in FAILING]
+    return Section("Guards of a rollout: false halts, and devices until a regression halts", rows, NOTES)
+
+
+def _healthy(rng: Generator, name: str, rollouts: int) -> Row:
+    shift = guards.SCALES[name].effect
+    exposed, unexposed = Side(rollouts, 100, calls=60, shift=shift), Side(rollouts, 300, calls=200)
+    found = 100 * np.isfinite(halted(name, rng, exposed, unexposed, looks=25, limit=bound(1))).mean()
+    naive = 100 * naive_halted(name, rng, max(rollouts, 200), 200, looks=50).mean()
+    stated = 100 * FALSE_ALARM
+    what = f"{guards.SCALES[name].label}: healthy rollouts halted"
+    return Row(
+        what, float(found), "%", float(naive), "a z-test at each look", f"<= {stated:g} %", bool(found <= stated)
+    )
+
+
+def _seen(rng: Generator, name: str, shift: float, devices: int, rollouts: int) -> Row:
+    exposed, unexposed = Side(rollouts, devices, shift=shift), Side(rollouts, min(5 * devices, 5_000))
+    found = halted(name, rng, exposed, unexposed, looks=60, limit=bound(len(SIX), streams=6)) * devices
+    return _row(guards.SCALES[name].label, shift, found, _fixed(rng, name, shift))
+
+
+def _failing(rng: Generator, rate: float, devices: int, rollouts: int) -> Row:
+    found = failures_halted(rng, rollouts, devices, rate, bound(len(SIX))) * devices
+    tolerated = guards.SCALES[guards.FAILURES].effect
+    spread = Z_SHARED * math.sqrt(tolerated * (1 - tolerated)) + Z_NINE_OF_TEN * math.sqrt(rate * (1 - rate))
+    return _row("update failures", rate, found, max((spread / (rate - tolerated)) ** 2, 1.0))
+
+
+def _row(label: str, shift: float, found: Floats, fixed: float) -> Row:
+    within = float(np.quantile(np.nan_to_num(found, nan=np.inf), 0.9, method="higher"))
+    what = f"{label}: a regression of {100 * shift:g} %, exposed devices"
+    return Row(what, within, "devices", math.ceil(fixed), "one look at a fixed number")
+
+
+def _fixed(rng: Generator, name: str, shift: float) -> float:
+    """Exposed devices, with five times as many unexposed, of a test with one look."""
+    world = WORLDS[name]
+    a, b = world(rng, Side(1, 20_000, shift=shift)), world(rng, Side(1, 20_000))
+    return float((Z_SHARED + Z_NINE_OF_TEN) ** 2 * (a.var() + b.var() / 5) / (a.mean() - b.mean()) ** 2)
