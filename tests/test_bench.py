@@ -15,7 +15,7 @@ from deploy.bench.measure import Row, Section, interleaved
 from deploy.bench.report import page
 
 ROOT = Path(__file__).resolve().parent.parent
-EXPECTED = {"wrapper": 3, "swap": 19, "store": 2, "memory": 3, "delta": 16, "poll": 4, "signing": 2, "wire": 4}
+EXPECTED = {"wrapper": 3, "swap": 19, "store": 2, "memory": 3, "delta": 16, "poll": 5, "signing": 2, "wire": 4}
 
 
 @pytest.fixture(scope="module")
