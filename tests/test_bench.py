@@ -21,7 +21,7 @@ EXPECTED = {
     "store": 2,
     "memory": 3,
     "delta": 16,
-    "poll": 4,
+    "poll": 5,
     "signing": 2,
     "wire": 4,
     "guards": 15,

@@ -4,6 +4,7 @@ from collections import Counter, defaultdict
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
+from functools import lru_cache
 
 from django.db.models import Count, Q
 
@@ -40,9 +41,12 @@ def explain(device: Device, model: str | None = None) -> list[explaining.Explana
 
 def manifests_for(assignments: Iterable[Assignment]) -> dict[str, str]:
     """The texts of the assigned manifests, by sha256."""
-    wanted = {assignment.sha256 for assignment in assignments if assignment.release}
-    found = Variant.objects.filter(manifest_sha256__in=wanted) if wanted else Variant.objects.none()
-    return dict(found.values_list("manifest_sha256", "manifest"))
+    return {item.sha256: _manifest(item.sha256) for item in assignments if item.release}
+
+
+@lru_cache(maxsize=256)  # by hash: a manifest never changes
+def _manifest(sha256: str) -> str:
+    return Variant.objects.filter(manifest_sha256=sha256).values_list("manifest", flat=True)[0]
 
 
 def releases_exist(runs: Mapping[str, str]) -> bool:

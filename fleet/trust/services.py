@@ -183,11 +183,12 @@ def current_view(device: Device, assignments: Sequence[Assignment], *, held: int
     would refuse everything below. A version more than a day ahead is no honest one: only another online key helps.
     """
     held = held if held <= (timezone.now() + AHEAD).timestamp() else 0
-    view = DeviceView.objects.filter(device=device).first()
+    view = next(iter(DeviceView.objects.filter(device=device)), None)  # not `first`, which sorts them
     if view is not None and _is_current(view, _digest(device, assignments, selectors.in_force()), held):
         return view
     with transaction.atomic():
-        view, _ = DeviceView.objects.select_for_update().get_or_create(device=device)
+        locked = DeviceView.objects.select_for_update()
+        view = next(iter(locked.filter(device=device)), None) or locked.get_or_create(device=device)[0]
         trusted = selectors.in_force()
         digest = _digest(device, assignments, trusted)
         if not _is_current(view, digest, held):
@@ -229,7 +230,7 @@ def _sign(
     view.version, view.inputs_digest, view.expires_at, view.signed_at = version, digest, expires, now
     view.director, view.snapshot = signed.director.decode(), signed.snapshot.decode()
     view.timestamp = signed.timestamp.decode()
-    view.save()
+    view.save(force_update=True)
 
 
 def _check_set_up(trusted: selectors.InForce) -> frozenset[str]:

@@ -108,6 +108,25 @@ def test_a_poll_answered_from_memory_marks_the_device_and_what_it_runs(
     assert entry.runs == running_set(RUNS)
 
 
+def test_what_a_killed_process_loses_comes_back_with_the_next_poll(
+    entry: Device, idle: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It loses marks of a second, and nothing else: all that it answers by comes from the database, where its own
+    next look or another process finds it. The marks tell when, and what runs; each poll tells both again.
+    """
+    monkeypatch.setattr(seen, "_buffer", seen.SeenBuffer())  # killed before it wrote
+    Device.objects.update(last_seen=None, runs=None)
+    successor = Server()
+    successor.fast.feed.want(entry.pk, running_digest(RUNS))
+    successor.look()
+    answer, from_memory = successor.poll(idle)
+    assert (answer.status, from_memory) == (304, True)
+    seen.flush_seen()
+    entry.refresh_from_db()
+    assert entry.last_seen is not None
+    assert entry.runs == running_set(RUNS)
+
+
 def test_polls_are_counted_where_django_counts_them(server: Server, idle: dict[str, Any]) -> None:
     counter = wsgi.Metrics.get_instance().responses_by_status_view_method.labels("304", "device-poll", "GET")
     server.fast.tally.flush()

@@ -115,6 +115,11 @@ class Table:
     def holds(self, device: int, view: int) -> bool:
         return device < len(self.view) and self.view[device] == view
 
+    @property
+    def size(self) -> int:
+        """Bytes of what grows with the fleet: the columns and the names."""
+        return sum(column.itemsize * len(column) for column in self._columns()) + len(self._names)
+
     def _has_room(self, device: int) -> bool:
         """A table with a row for every key; keys that are far apart would make it large for few devices."""
         missing = device + 1 - len(self.epoch)
