@@ -1,0 +1,83 @@
+"""From nothing to the first answer, without a network: a device's process beside one that only loads the file."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from deploy.bench import footprint, models
+from deploy.bench.measure import Row, Scale, Section
+from device_sdk.standing import remember
+from device_sdk.store import Store
+
+LIMIT = 1.15
+_BARE = """
+import time
+import numpy, onnxruntime
+began = time.perf_counter()
+session = onnxruntime.InferenceSession({model!r}, providers=["CPUExecutionProvider"])
+loaded = time.perf_counter()
+width = session.get_inputs()[0].shape[1]
+session.run(None, {{"x": numpy.zeros((1, width), numpy.float32)}})
+"""
+_FLEET = """
+import time
+import numpy, onnxruntime
+import device_sdk.client
+began = time.perf_counter()
+fleet = device_sdk.client.Fleet.open({home!r})
+model = fleet.model("bench")
+loaded = time.perf_counter()
+width = model.inputs["x"].shape[1]
+model.run({{"x": numpy.zeros((1, width), numpy.float32)}})
+"""
+_PRINT = """
+with open("/proc/self/stat") as file:
+    since_boot = int(file.read().rsplit(")", 1)[1].split()[19]) / {ticks}
+print(loaded - began, time.clock_gettime(time.CLOCK_BOOTTIME) - since_boot, time.process_time())
+"""
+
+
+def measure(folder: Path, scale: Scale) -> Section:
+    files = models.medium(scale.layer, 1)
+    for name, data in files.items():
+        (folder / name).write_bytes(data)
+    home = _home(folder / "home", files)
+    programs = {"bare": _BARE.format(model=str(folder / "model.onnx")), "fleet": _FLEET.format(home=str(home))}
+    turns = [{name: _run(code, folder) for name, code in programs.items()} for _ in range(max(scale.rounds // 4, 1))]
+    best = {name: [min(turn[name][part] for turn in turns) for part in range(3)] for name in programs}
+    megabytes = sum(map(len, files.values())) / 1e6
+    rows = [
+        _row("loaded, everything imported", best, 0, judged=True),
+        _row("process, from its start to its first answer", best, 1, judged=True),
+        _row("process, CPU", best, 2, judged=False),
+    ]
+    return Section(f"Start-up without a network, a model of {megabytes:.0f} MB, weights as external data", rows, [
+        "The shortest of some ten starts each, in turns. Ours hashes every file, beside the loading.",
+        "The last view is remembered: tuf and requests are loaded by `start()`, not by `Fleet.open`.",
+    ])  # fmt: skip
+
+
+def _row(what: str, best: dict[str, list[float]], part: int, *, judged: bool) -> Row:
+    ours, bare = best["fleet"][part] * 1e3, best["bare"][part] * 1e3
+    bar = f"<= x {LIMIT:g}" if judged else ""
+    return Row(what, ours, "ms", bare, "bare onnxruntime, same file", bar, ours <= bare * LIMIT if judged else None)
+
+
+def _home(folder: Path, files: dict[str, bytes]) -> Path:
+    home = footprint.make_home(folder)
+    store = Store(home.store)
+    sha, _ = models.put(store, "2.0.0", files)
+    store.begin_trial(models.MODEL, sha)
+    store.commit(models.MODEL)
+    home.view_file.write_bytes(b"{}")
+    remember(home.standing_file, home.view_file, {})
+    return folder
+
+
+def _run(code: str, folder: Path) -> list[float]:
+    """With what is imported compiled beforehand, as pip leaves it."""
+    environment = {**os.environ, "PYTHONPYCACHEPREFIX": str(folder / "compiled"), "PYTHONDONTWRITEBYTECODE": ""}
+    program = code + _PRINT.format(ticks=os.sysconf("SC_CLK_TCK"))
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, env=environment)
+    return [float(part) for part in done.stdout.split()]
