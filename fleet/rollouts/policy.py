@@ -1,28 +1,44 @@
-"""Decide what a device should run, and whether a stage may pass. No IO, no clock: callers pass facts, counts, time.
+"""Decide what a device should run. No IO, no clock: callers pass facts. Whether a stage may pass is `stages`.
 
-What it refuses: to guess. A release that is not there, a number that is none, a time without a zone: the answer is
-"keep what runs" for a device, and Hold for a stage.
+What it refuses: to guess. A release that is not there, or has no variant: the answer is "keep what runs".
 """
 
-import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from datetime import datetime
+from typing import Any
 
 from device_sdk.protocol.assignment import ALWAYS, NO_CONDITIONS, Assignment, Conditions, Probation, Window
 from device_sdk.protocol.cohorts import COHORTS, cohort
 from device_sdk.protocol.names import ReleasePath
+from fleet.rollouts.stages import (
+    HOLD,
+    PAUSE,
+    ROLL_BACK,
+    Advance,
+    Complete,
+    Decision,
+    Halt,
+    Hold,
+    Pause,
+    StageRules,
+    Tally,
+    enough_reports,
+    next_step,
+)
+
+__all__ = [
+    "HOLD", "PAUSE", "ROLL_BACK", "Advance", "Complete", "Decision", "Halt", "Hold", "Pause", "StageRules", "Tally",
+    "enough_reports", "next_step",
+]  # fmt: skip
 
 DRAFT, AWAITING_APPROVAL, RUNNING, PAUSED = "draft", "awaiting_approval", "running", "paused"
 HALTED, CANCELLED, COMPLETED = "halted", "cancelled", "completed"
 IN_FORCE = frozenset({RUNNING, PAUSED, COMPLETED})  # the others admit nobody
 
-HOLD, PAUSE, ROLL_BACK = "hold", "pause", "roll_back"  # what a spent failure budget does
-
 VARIANT_LABEL, DEFAULT_VARIANT = "variant", "default"
 
 
-# --- what a device should run ------------------------------------------------------------------------------------
+# --- what is known -----------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,35 +83,116 @@ class Snapshot:
 
 
 @dataclass(frozen=True, slots=True)
+class Traits:
+    """What many devices share: their labels (sorted pairs), their models, and what they can run. Hashable.
+
+    Empty text and 0: the device does not say. `memory` in bytes.
+    """
+
+    labels: tuple[tuple[str, str], ...] = ()
+    models: tuple[str, ...] = ()
+    sdk: str = ""
+    runtime: str = ""
+    opset: int = 0
+    memory: int = 0
+    arch: str = ""
+    providers: tuple[str, ...] = ()
+
+    @classmethod
+    def of(cls, labels: Mapping[str, str], models: Iterable[str], **abilities: Any) -> "Traits":
+        return cls(tuple(sorted(labels.items())), tuple(models), **abilities)
+
+
+@dataclass(frozen=True, slots=True)
 class DeviceFacts:
     """`runs` maps a model to `<version>/<variant>`; a pin to a release that is gone is None, to a revoked one: none."""
 
     name: str
-    labels: Mapping[str, str]
-    models: Sequence[str]
+    traits: Traits
     pins: Mapping[str, ReleaseRef | None] = field(default_factory=dict)
     runs: Mapping[str, str] = field(default_factory=dict)
     failed: frozenset[int] = frozenset()  # rollouts in which it failed
 
+    @property
+    def labels(self) -> dict[str, str]:
+        return dict(self.traits.labels)
+
+    @property
+    def models(self) -> tuple[str, ...]:
+        return self.traits.models
+
+
+# --- the answer --------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Option:
+    """A rollout that is meant for devices of some traits, and what those that it admits are assigned."""
+
+    rollout: RolloutRules
+    assignment: Assignment
+
+
+@dataclass(frozen=True, slots=True)
+class ModelPlan:
+    """The options for one model, the newest first; `otherwise` is for devices that none of them admits."""
+
+    model: str
+    options: tuple[Option, ...]
+    otherwise: Assignment
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """All that the policy says to devices of the same traits, whoever they are."""
+
+    traits: Traits
+    models: tuple[ModelPlan, ...]
+
 
 def desired(snapshot: Snapshot, device: DeviceFacts) -> dict[str, Assignment]:
     """What the device should run of each of its models; without a release: keep what runs, or stop the model."""
-    return {model: _desired(snapshot, device, model) for model in device.models}
+    return decide(plan(snapshot, device.traits), device)
 
 
-def _desired(snapshot: Snapshot, device: DeviceFacts, model: str) -> Assignment:
+def plan(snapshot: Snapshot, traits: Traits) -> Plan:
+    """What depends on the traits alone: worth keeping, as long as the snapshot is in force."""
+    return Plan(traits, tuple(_model_plan(snapshot, traits, model) for model in traits.models))
+
+
+def _model_plan(snapshot: Snapshot, traits: Traits, model: str) -> ModelPlan:
     stop = model in snapshot.stops
-    if model in device.pins:
-        return _assign(model, device.pins[model], device.labels, stop=stop)
-    for rollout in snapshot.rollouts.get(model, ()):
-        if admits(rollout, device):
-            return _assign(model, rollout.release, device.labels, rollout, stop=stop)
-    return Assignment(model=model, stop=stop)
+    options = tuple(_options(snapshot.rollouts.get(model, ()), traits, stop=stop))
+    return ModelPlan(model, options, otherwise=Assignment(model=model, stop=stop))
+
+
+def _options(rollouts: Sequence[RolloutRules], traits: Traits, *, stop: bool) -> Iterator[Option]:
+    labels = dict(traits.labels)
+    for rollout in rollouts:
+        if rollout.state in IN_FORCE and targets(rollout, labels):
+            yield Option(rollout, _assign(rollout.release.model, rollout.release, labels, rollout, stop=stop))
+
+
+def decide(plan: Plan, device: DeviceFacts) -> dict[str, Assignment]:
+    """What depends on the device itself: its pins, its place in cohorts, what it runs and where it failed."""
+    return {each.model: _decide(each, device) for each in plan.models}
+
+
+def _decide(each: ModelPlan, device: DeviceFacts) -> Assignment:
+    if each.model in device.pins:
+        return _assign(each.model, device.pins[each.model], device.labels, stop=each.otherwise.stop)
+    admitted = (option.assignment for option in each.options if _lets_in(option.rollout, device))
+    return next(admitted, each.otherwise)
 
 
 def admits(rollout: RolloutRules, device: DeviceFacts) -> bool:
     """Whether this rollout's release is for this device now."""
-    if rollout.state not in IN_FORCE or rollout.id in device.failed or not targets(rollout, device.labels):
+    return rollout.state in IN_FORCE and targets(rollout, device.labels) and _lets_in(rollout, device)
+
+
+def _lets_in(rollout: RolloutRules, device: DeviceFacts) -> bool:
+    """Of a rollout in force that is meant for devices like this one: whether this one may have it now."""
+    if rollout.id in device.failed:
         return False
     if rollout.state == PAUSED:
         return runs_release(device, rollout.release)
@@ -150,129 +247,3 @@ def _assign(
         conditions=rollout.conditions if rollout else NO_CONDITIONS,
         stop=stop,
     )
-
-
-# --- whether a stage may pass ------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True)
-class StageRules:
-    """A stage as its author wrote it, and when it began. `success_threshold` is a fraction of the admitted.
-
-    Zero reports at a threshold of zero needs no device at all: for the first release of a model.
-    """
-
-    percent: float
-    soak_seconds: float
-    min_reports: int
-    success_threshold: float
-    failure_budget: int
-    last: bool
-    on_failure: str = ROLL_BACK
-    since: datetime | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Tally:
-    """`admitted`: devices of the stage that could know of it, None if not counted; the others are outcomes."""
-
-    committed: int
-    failed: int
-    admitted: int | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Hold:
-    reason: str
-
-
-@dataclass(frozen=True, slots=True)
-class Advance:
-    pass
-
-
-@dataclass(frozen=True, slots=True)
-class Complete:
-    pass
-
-
-@dataclass(frozen=True, slots=True)
-class Pause:
-    reason: str
-
-
-@dataclass(frozen=True, slots=True)
-class Halt:
-    reason: str
-
-
-Decision = Hold | Advance | Complete | Pause | Halt
-
-
-def next_step(stage: StageRules, tally: Tally, now: datetime) -> Decision:
-    """Errors before success; then soak, reports, share of success. Any doubt is Hold."""
-    if not (_count(stage.failure_budget) and _count(tally.failed)):
-        return Hold("the failure budget or the count of failures is malformed")
-    if tally.failed > stage.failure_budget:
-        return _on_failure(stage, tally)
-    waits = _doubt(stage, tally, now) or _soak(stage, now) or _reports(stage, tally) or _share(stage, tally)
-    if waits:
-        return Hold(waits)
-    return Complete() if stage.last else Advance()
-
-
-def enough_reports(stage: StageRules, tally: Tally, now: datetime) -> bool:
-    """Whether it is worth counting the admitted devices: everything cheaper already speaks for passing."""
-    return not (_doubt(stage, tally, now) or _soak(stage, now) or _reports(stage, tally))
-
-
-def _on_failure(stage: StageRules, tally: Tally) -> Decision:
-    reason = f"failure budget spent: {tally.failed} failed, {stage.failure_budget} allowed"
-    if stage.on_failure == HOLD:
-        return Hold(reason)
-    return Pause(reason) if stage.on_failure == PAUSE else Halt(reason)
-
-
-def _doubt(stage: StageRules, tally: Tally, now: datetime) -> str:
-    """Name the first thing that cannot be trusted, or nothing."""
-    doubts = {
-        "the stage's percentage is malformed": not _number(stage.percent, 0, 100) or stage.percent == 0,
-        "the stage's soak time is malformed": not _number(stage.soak_seconds, 0, math.inf),
-        "the success threshold is malformed": not _number(stage.success_threshold, 0, 1),
-        "the counts of reports are malformed": not (_count(stage.min_reports) and _count(tally.committed)),
-        "the stage has no beginning": not (_moment(stage.since) and _moment(now)),
-    }
-    return next((reason for reason, doubtful in doubts.items() if doubtful), "")
-
-
-def _soak(stage: StageRules, now: datetime) -> str:
-    passed = (now - (stage.since or now)).total_seconds()
-    return f"soaking for {stage.soak_seconds:g} s" if passed < stage.soak_seconds else ""
-
-
-def _reports(stage: StageRules, tally: Tally) -> str:
-    reports = tally.committed + tally.failed
-    return f"waiting for reports: {reports} of {stage.min_reports}" if reports < stage.min_reports else ""
-
-
-def _share(stage: StageRules, tally: Tally) -> str:
-    if not _count(tally.admitted):
-        return "the admitted devices are not counted"
-    admitted = max(tally.admitted or 0, tally.committed + tally.failed)
-    needed = math.ceil(stage.success_threshold * admitted - 1e-9)
-    if tally.committed < needed:
-        return f"waiting for success: {tally.committed} of {admitted} committed, {needed} needed"
-    return ""
-
-
-def _number(value: object, low: float, high: float) -> bool:
-    good = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-    return good and low <= value <= high  # type: ignore[operator]  # checked in the line above
-
-
-def _moment(value: object) -> bool:
-    return isinstance(value, datetime) and value.utcoffset() is not None
-
-
-def _count(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 0

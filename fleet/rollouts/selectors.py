@@ -48,6 +48,10 @@ def releases_exist(runs: Mapping[str, str]) -> bool:
     return not runs or Variant.objects.filter(wanted).count() == len(runs)
 
 
+def traits_of(device: Device) -> policy.Traits:
+    return policy.Traits.of(device.labels, device.model_names, sdk=device.sdk)
+
+
 def _facts(
     device: Device,
     *,
@@ -59,8 +63,7 @@ def _facts(
         runs = device.runs.runs if device.runs else {}
     return policy.DeviceFacts(
         name=device.name,
-        labels=device.labels,
-        models=device.model_names,
+        traits=traits_of(device),
         pins={pin[0]: pinned.valid.get(pin) for pin in device.pins.items() if pin not in pinned.void},
         runs=runs,
         failed=failed,

@@ -23,12 +23,13 @@ from fleet.rollouts.policy import (
     Snapshot,
     StageRules,
     Tally,
+    Traits,
 )
 
 NOW = datetime(2026, 3, 1, 12, tzinfo=UTC)
 OLD = ReleaseRef("digits", "1.0.0", {"default": ManifestRef(10, "aa" * 32)})
 NEW = ReleaseRef("digits", "1.1.0", {"default": ManifestRef(11, "bb" * 32), "int8": ManifestRef(12, "cc" * 32)})
-CAM = DeviceFacts("cam-1", {"site": "berlin"}, ["digits"])
+CAM = DeviceFacts("cam-1", Traits.of({"site": "berlin"}, ["digits"]))
 STANDING = RolloutRules(1, policy.COMPLETED, OLD, "salt", 100)
 RUNNING = RolloutRules(2, policy.RUNNING, NEW, "salt", 100)
 
@@ -106,7 +107,7 @@ def test_a_pin_to_a_release_that_is_gone_changes_nothing_on_the_device() -> None
 
 
 def test_every_model_of_the_device_is_answered_and_no_other() -> None:
-    device = replace(CAM, models=["digits", "wine"])
+    device = replace(CAM, traits=Traits.of({}, ["digits", "wine"]))
     answers = policy.desired(Snapshot({"digits": [RUNNING], "other": [RUNNING]}), device)
     assert {model: answer.release for model, answer in answers.items()} == {
         "digits": ReleasePath("digits", "1.1.0", "default"),
