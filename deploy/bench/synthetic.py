@@ -15,7 +15,8 @@ DEVICES = """
     INSERT INTO devices_device (name, state, labels, model_names, epoch, nonce_digest, sdk, runs_id, pins,
                                 dropped_events, refusal, enrolled_at, last_seen)
     SELECT 'unit-' || lpad(i::text, 7, '0'), 'active',
-           jsonb_build_object('site', 'site-' || i %% %(sites)s, 'hw', (ARRAY['jetson', 'pi', 'nuc', 'x86'])[1 + i %% 4],
+           jsonb_build_object('site', 'site-' || i %% %(sites)s,
+                              'hw', (ARRAY['jetson', 'pi', 'nuc', 'x86'])[1 + i %% 4],
                               'plan', CASE WHEN i %% 50 = 0 THEN 'lab' ELSE 'field' END),
            %(models)s::jsonb, 1, '', '1.0.0', (%(sets)s::bigint[])[1 + (i * 7 + i / 1000) %% %(number)s], '{}', 0, '{}',
            now() - interval '90 days',

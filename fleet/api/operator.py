@@ -38,6 +38,7 @@ from fleet.releases import selectors as release_selectors
 from fleet.releases.models import Model, Release
 from fleet.rollouts import selectors as rollout_selectors
 from fleet.rollouts import services as rollouts
+from fleet.rollouts.counting import survey
 from fleet.rollouts.models import Rollout
 
 REFUSALS = {403: shapes.ErrorSerializer, 404: shapes.ErrorSerializer}
@@ -230,8 +231,8 @@ class LaggardsView(ListAPIView[Any]):
     serializer_class = shapes.LaggardSerializer
 
     def filter_queryset(self, queryset: Any) -> Any:
-        """Not rows of a table: found by comparing what devices run with what the policy says."""
-        return list(rollout_selectors.laggards(self.request.query_params.get("model")))
+        """Not rows of a table: found by comparing what devices run with what the policy says, a page at a time."""
+        return survey.Pages(self.request.query_params.get("model"))
 
     @extend_schema(parameters=[OpenApiParameter("model", str, description="only of this model")])
     def get(self, request: Request, *args: Any, **kwargs: Any) -> Response:

@@ -1,22 +1,24 @@
 """What can be asked about rollouts: a device's assignments, how far a rollout is, and why a device lags."""
 
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
+from itertools import islice
 
 from django.db.models import Count, Q
 
 from device_sdk.protocol import events
 from device_sdk.protocol.assignment import Assignment
-from fleet.devices.models import Device, ModelStatus
-from fleet.devices.selectors import matches, members, offline_before
+from fleet.devices.models import Device, ModelStatus, RunningSet
+from fleet.devices.selectors import members, offline_before
 from fleet.releases.models import Release, Variant
 from fleet.rollouts import policy, snapshots
 from fleet.rollouts.models import Outcome, Rollout
 
 FAILED, COMMITTED = Outcome.State.FAILED, Outcome.State.COMMITTED
 UPDATING, WITHDRAWN = Outcome.State.UPDATING, Outcome.State.WITHDRAWN
+AT_ONCE = 1_000  # devices as rows in memory
 
 
 # --- one device --------------------------------------------------------------------------------------------------
@@ -46,6 +48,9 @@ def releases_exist(runs: Mapping[str, str]) -> bool:
         version, _, variant = running.partition("/")
         wanted |= Q(release__model__name=model, release__version=version, name=variant)
     return not runs or Variant.objects.filter(wanted).count() == len(runs)
+
+
+TRAIT_FIELDS = ("labels", "model_names", "sdk")  # what traits are made of, and nothing else
 
 
 def traits_of(device: Device) -> policy.Traits:
@@ -118,67 +123,26 @@ class Progress:
 
 
 def progress(rollout: Rollout) -> Progress:
-    total = sum(rollout.release.model.name in device.model_names for device in members(rollout.group))
-    return _progress(rollout, total, {device.pk for device in assigned_devices(rollout)})
+    from fleet.rollouts.counting import tallies
 
-
-def _progress(rollout: Rollout, total: int, assigned: set[int]) -> Progress:
-    counts = outcome_counts(rollout)
-    reported = set(Outcome.objects.filter(rollout=rollout).values_list("device_id", flat=True))
-    return Progress(
-        total=total,
-        admitted=len(reported | assigned),
-        updating=counts[UPDATING],
-        committed=counts[COMMITTED],
-        failed=counts[FAILED],
-        withdrawn=counts[WITHDRAWN],
-    )
+    return tallies.progress(rollout)
 
 
 def outcome_counts(rollout: Rollout) -> dict[str, int]:
-    found = Outcome.objects.filter(rollout=rollout).order_by().values_list("state").annotate(number=Count("pk"))
+    found = Outcome.objects.filter(rollout=rollout).order_by().values_list("state").annotate(number=Count("*"))
     return {**dict.fromkeys(Outcome.State.values, 0), **dict(found)}
 
 
-def tally(rollout: Rollout, *, counted: bool) -> policy.Tally:
-    """What is known of the stage in force. `counted` adds the admitted devices, which takes a look at the group.
-
-    Who has not decided yet is waited for, unless it never said a word and is offline since before the stage began:
-    it cannot know. Who went silent later is waited for: the release may be why.
-    """
-    counts = outcome_counts(rollout)
-    committed, failed = counts[COMMITTED], max(counts[FAILED] - rollout.forgiven, 0)
-    if not counted:
-        return policy.Tally(committed=committed, failed=failed)
-    said = dict(Outcome.objects.filter(rollout=rollout).values_list("device_id", "state"))
-    horizon = min(rollout.stage_since or offline_before(), offline_before())
-    undecided = sum(
-        said.get(device.pk, UPDATING) not in {COMMITTED, FAILED} and (device.pk in said or _seen_since(device, horizon))
-        for device in assigned_devices(rollout)
-    )
-    return policy.Tally(committed=committed, failed=failed, admitted=committed + failed + undecided)
-
-
-def assigned_devices(rollout: Rollout) -> Iterator[Device]:
-    """Active devices that should run the release because of this rollout, by the policy itself."""
-    model = rollout.release.model.name
-    snapshot = snapshots.current()
-    for device, facts in _all_facts(list(members(rollout.group))):
-        if model in facts.models and policy.desired(snapshot, facts)[model].rollout == str(rollout.pk):
-            yield device
-
-
-def _all_facts(devices: Sequence[Device]) -> Iterator[tuple[Device, policy.DeviceFacts]]:
-    failures = Outcome.objects.filter(state=FAILED, rollout__state__in=policy.IN_FORCE)
-    pinned, failed = _pinned(devices), defaultdict(set)
-    for device_id, rollout_id in failures.values_list("device_id", "rollout_id"):
-        failed[device_id].add(rollout_id)
-    for device in devices:
-        yield device, _facts(device, failed=frozenset(failed[device.pk]), pinned=pinned)
-
-
-def _seen_since(device: Device, moment: datetime) -> bool:
-    return device.last_seen is not None and device.last_seen >= moment
+def all_facts(devices: Iterable[Device]) -> Iterator[tuple[Device, policy.DeviceFacts]]:
+    """What the policy wants to know of each, some at a time: memory does not grow with the devices."""
+    remaining = iter(devices)
+    while some := list(islice(remaining, AT_ONCE)):
+        failures = Outcome.objects.filter(state=FAILED, rollout__state__in=policy.IN_FORCE, device__in=some)
+        pinned, failed = _pinned(some), defaultdict(set)
+        for device_id, rollout_id in failures.values_list("device_id", "rollout_id"):
+            failed[device_id].add(rollout_id)
+        for device in some:
+            yield device, _facts(device, failed=frozenset(failed[device.pk]), pinned=pinned)
 
 
 # --- who lags, and why -------------------------------------------------------------------------------------------
@@ -201,46 +165,25 @@ class Laggard:
     since: datetime | None = None
 
 
-def laggards(model: str | None = None) -> Iterator[Laggard]:
-    """Every active device that runs something else than the newest rollout in force for its group would give it."""
-    snapshot = snapshots.current()
-    statuses = {(status.device_id, status.model): status for status in ModelStatus.objects.all()}
-    horizon = offline_before()
-    for device, facts in _all_facts(list(members(None))):
-        for name in facts.models if model is None else {model} & set(facts.models):
-            rollout = _newest_for(snapshot, facts, name)
-            if rollout and not policy.runs_release(facts, rollout.release):
-                yield _explain(device, facts, rollout, statuses.get((device.pk, name)), horizon)
+def laggards(model: str | None = None, *, among: Iterable[Device] | None = None) -> Iterator[Laggard]:
+    """Every active device that runs something else than the newest rollout in force for its group would give it.
 
-
-@dataclass(frozen=True, slots=True)
-class Survey:
-    """`progress` by the rollout's key."""
-
-    progress: Mapping[int, Progress]
-    laggards: Sequence[Laggard]
-
-
-def survey(rollouts: Sequence[Rollout]) -> Survey:
-    """`progress` of several rollouts and all `laggards` by one look at the fleet: for pages that show them together."""
+    `among`: only of these. Of a large fleet see `counting.survey` first.
+    """
     snapshot, horizon = snapshots.current(), offline_before()
-    statuses = {(status.device_id, status.model): status for status in ModelStatus.objects.all()}
-    assigned, totals, behind = defaultdict[str, set[int]](set), Counter[int](), []
-    for device, facts in _all_facts(list(members(None))):
-        for assignment in policy.desired(snapshot, facts).values():
-            assigned[assignment.rollout].add(device.pk)
-        totals.update(rollout.pk for rollout in rollouts if _is_of(rollout, facts))
-        for model in facts.models:
-            newest = _newest_for(snapshot, facts, model)
-            if newest and not policy.runs_release(facts, newest.release):
-                behind.append(_explain(device, facts, newest, statuses.get((device.pk, model)), horizon))
-    progress = {row.pk: _progress(row, totals[row.pk], assigned[str(row.pk)]) for row in rollouts}
-    return Survey(progress, behind)
+    remaining = all_facts(members(None) if among is None else among)
+    while some := list(islice(remaining, AT_ONCE)):
+        statuses = _statuses([device.pk for device, _ in some])
+        for device, facts in some:
+            for name in facts.models if model is None else {model} & set(facts.models):
+                rollout = _newest_for(snapshot, facts, name)
+                if rollout and not policy.runs_release(facts, rollout.release):
+                    yield _explain(device, facts, rollout, statuses.get((device.pk, name)), horizon)
 
 
-def _is_of(rollout: Rollout, facts: policy.DeviceFacts) -> bool:
-    selector = rollout.group.selector if rollout.group else {}
-    return rollout.release.model.name in facts.models and matches(selector, facts.labels)
+def _statuses(devices: Sequence[int]) -> dict[tuple[int, str], ModelStatus]:
+    rows = ModelStatus.objects.filter(device__in=devices)
+    return {(status.device_id, status.model): status for status in rows}
 
 
 # --- who still runs what was taken back --------------------------------------------------------------------------
@@ -255,13 +198,24 @@ def still_running(release: Release) -> Iterator[Laggard]:
     """
     snapshot, horizon, model = snapshots.current(), offline_before(), release.model.name
     ref = policy.ReleaseRef(model, release.version, {})
-    statuses = {status.device_id: status for status in ModelStatus.objects.filter(model=model)}
-    for device, facts in _all_facts(list(members(None))):
-        if policy.runs_release(facts, ref) and model in facts.models:
-            assignment = policy.desired(snapshot, facts)[model]
-            why, detail, since = _why_still(device, assignment, statuses.get(device.pk), horizon, release.revoked_at)
+    running = Device.objects.filter(state=Device.State.ACTIVE, runs__in=sets_with(ref)).select_related("runs")
+    remaining = all_facts(running.iterator(chunk_size=AT_ONCE))
+    while some := list(islice(remaining, AT_ONCE)):
+        statuses = _statuses([device.pk for device, _ in some])
+        for device, facts in some:
+            if model not in facts.models:
+                continue
+            assignment, status = policy.desired(snapshot, facts)[model], statuses.get((device.pk, model))
+            why, detail, since = _why_still(device, assignment, status, horizon, release.revoked_at)
             target = assignment.release.version if assignment.release else ""
             yield Laggard(device, model, release.version, target, why, detail, since)
+
+
+def sets_with(release: policy.ReleaseRef) -> list[int]:
+    """Running sets that hold some variant of it."""
+    start = f"{release.version}/"
+    found = RunningSet.objects.values_list("pk", "runs")
+    return [pk for pk, runs in found if runs.get(release.model, "").startswith(start)]
 
 
 def _why_still(

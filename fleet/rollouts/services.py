@@ -19,13 +19,14 @@ from device_sdk.protocol.assignment import Conditions, Probation, Window
 from device_sdk.protocol.errors import ProtocolError
 from fleet.audit import services as audit
 from fleet.devices import services as devices
-from fleet.devices.models import Device, Group, ModelStatus
-from fleet.devices.selectors import members, version_of
+from fleet.devices.models import Device, Group
 from fleet.errors import Conflict, Invalid
 from fleet.releases import selectors as releases
 from fleet.releases.deltas import services as deltas
 from fleet.releases.models import Release
 from fleet.rollouts import policy, selectors, snapshots
+from fleet.rollouts.counting import starting
+from fleet.rollouts.counting.tallies import Tallies
 from fleet.rollouts.models import Outcome, Rollout, RolloutAction, Stage
 
 START, PAUSE, RESUME, CANCEL, ROLL_BACK = "start", "pause", "resume", "cancel", "roll_back"
@@ -52,7 +53,6 @@ TRANSITIONS = {
 }
 ENDED = {State.HALTED, State.CANCELLED, State.COMPLETED}
 OVER = {State.CANCELLED, State.COMPLETED}
-SALTS_TRIED = 64
 
 logger = structlog.get_logger(__name__)
 
@@ -120,10 +120,10 @@ def start(*, rollout: Rollout | int, actor: User | str, comment: str = "") -> Ro
     """Draft to running, at the first stage."""
     row = _fetch(rollout)
     _check_release(row.release)
-    now = timezone.now()
-    moved = _move(row, START, actor, comment, started_at=now, stage_since=now, salt=_fair_salt(row))
+    now, who = timezone.now(), starting.members(row)
+    moved = _move(row, START, actor, comment, started_at=now, stage_since=now, salt=starting.fair_salt(row, who))
     Stage.objects.filter(rollout=moved, index=0).update(entered_at=now)
-    _credit_those_who_run_it(moved)
+    starting.credit_those_who_run_it(moved, who)
     if deltas.order(release=row.release):  # devices may run something else than when it was published
         deltas.wake()
     return moved
@@ -279,18 +279,18 @@ def _store(outcomes: Collection[Outcome]) -> None:
 def tick() -> None:
     """Let every running rollout take the step that its policy says. Safe to repeat, and with two engines at once."""
     running = Rollout.objects.filter(state=State.RUNNING).select_related("release__model", "group")
-    for rollout in running.prefetch_related("stages"):
+    rows = sorted(running.prefetch_related("stages"), key=Tallies.turn)
+    tallies = Tallies(rows)
+    for rollout in rows:
         try:
-            _step(rollout, timezone.now())
+            _step(rollout, tallies, timezone.now())
         except Exception:  # one rollout that cannot be judged must not keep another from being halted
             logger.exception("rollout_step_failed", rollout=rollout.pk)
 
 
-def _step(rollout: Rollout, now: datetime) -> None:
+def _step(rollout: Rollout, tallies: Tallies, now: datetime) -> None:
     rules = _stage_rules(rollout)
-    quick = selectors.tally(rollout, counted=False)
-    worthwhile = policy.enough_reports(rules, quick, now)
-    decision = policy.next_step(rules, selectors.tally(rollout, counted=True) if worthwhile else quick, now)
+    decision = policy.next_step(rules, tallies.of(rollout, rules, now), now)
     try:
         _apply(rollout, decision, now)
     except Conflict:
@@ -424,37 +424,3 @@ def _checked_probation(probation: Mapping[str, float] | None) -> dict[str, float
         return asdict(Probation.parse({**asdict(Probation()), **probation})) if probation else {}
     except ProtocolError as error:
         raise Invalid(error.code, error.message) from error
-
-
-def _fair_salt(rollout: Rollout) -> str:
-    """A salt by which the first stage gets the reports that it asks for, where the group is large enough for that.
-
-    Ten percent of eight devices is often nobody: such a stage would wait for ever.
-    """
-    first = rollout.stages.get(index=0)
-    model = rollout.release.model.name
-    names = [device.name for device in members(rollout.group) if model in device.model_names and not device.pins]
-    salts = [rollout.salt, *(token_hex(16) for _ in range(SALTS_TRIED))] if len(names) < 1_000 else [rollout.salt]
-    enough = min(first.min_reports, len(names))
-    good = (salt for salt in salts if sum(policy.in_cohort(salt, name, first.percent) for name in names) >= enough)
-    return next(good, rollout.salt)
-
-
-def _credit_those_who_run_it(rollout: Rollout) -> None:
-    """Devices that committed this release before have nothing left to report: they count from the start."""
-    model, version = rollout.release.model.name, rollout.release.version
-    in_trial = set(
-        ModelStatus.objects.filter(model=model, state__in=[wire.ACTIVATING, wire.PROBATION]).values_list(
-            "device_id", flat=True
-        )
-    )
-    running = [
-        device
-        for device in members(rollout.group)
-        if device.runs and version_of(device.runs.runs.get(model, "")) == version
-        if device.pk not in in_trial and model not in device.pins
-    ]
-    ran = "ran it before the rollout"
-    Outcome.objects.bulk_create(
-        [Outcome(rollout=rollout, device=device, state=Outcome.State.COMMITTED, reason=ran) for device in running]
-    )

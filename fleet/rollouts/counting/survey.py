@@ -1,0 +1,173 @@
+"""Who lags, and why, over the whole fleet: `selectors.laggards` by columns. The rows to show are explained one by one.
+
+The order of reasons is that of `selectors`; a test compares the two.
+"""
+
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import overload
+
+import numpy as np
+from django.db.models import Case, IntegerField, Value, When
+
+from device_sdk.protocol import events
+from fleet.devices.bulk import Flags, Numbers, columns
+from fleet.devices.models import Device, ModelStatus
+from fleet.devices.selectors import offline_before, refusing
+from fleet.rollouts import policy, selectors, snapshots
+from fleet.rollouts.counting import roster as rosters
+from fleet.rollouts.counting.admission import FOR_EVER, Admission
+from fleet.rollouts.counting.cohorts import OverBudgetError
+from fleet.rollouts.counting.tallies import progress_of
+from fleet.rollouts.models import Rollout
+from fleet.rollouts.selectors import Laggard, Progress
+
+
+@dataclass(frozen=True, slots=True)
+class Behind:
+    """Some devices that lag with one model, for one reason; longest unseen first is `seen`'s business."""
+
+    model: str
+    why: str
+    places: Numbers
+
+
+@dataclass(frozen=True, slots=True)
+class Survey:
+    """`progress` by the rollout's key, where it could be counted. `first`: devices and models, longest unseen first."""
+
+    progress: Mapping[int, Progress]
+    total: int
+    reasons: Mapping[str, int]
+    first: Sequence[tuple[int, str]]
+
+
+def survey(rollouts: Sequence[Rollout], *, first: int, until: float = FOR_EVER) -> Survey:
+    """By one look at the fleet. `until`: when to leave out what is not counted yet."""
+    admission = Admission(snapshots.current(), until=until)
+    found = list(behind(admission))
+    reasons = Counter[str]()
+    for each in found:
+        reasons[each.why] += len(each.places)
+    listed = listing(admission, found)[:first]
+    return Survey(_progress(rollouts, admission), reasons.total(), dict(reasons.most_common()), listed)
+
+
+def _progress(rollouts: Sequence[Rollout], admission: Admission) -> dict[int, Progress]:
+    found: dict[int, Progress] = {}
+    for rollout in rollouts:
+        try:
+            found |= progress_of([rollout], admission)
+        except OverBudgetError:
+            continue
+    return found
+
+
+def listing(admission: Admission, found: Sequence[Behind]) -> list[tuple[int, str]]:
+    """Devices and models, the longest unseen first, equal ones by key."""
+    if not found:
+        return []
+    places = np.concatenate([each.places for each in found])
+    models = np.repeat([each.model for each in found], [len(each.places) for each in found])
+    roster = admission.roster
+    order = np.lexsort((models, roster.ids[places], roster.seen[places]))
+    return list(zip(roster.ids[places[order]].tolist(), models[order].tolist(), strict=True))
+
+
+def explain(pairs: Sequence[tuple[int, str]]) -> list[Laggard]:
+    """Of these devices and models those that lag now, in this order, as `selectors.laggards` tells it."""
+    rows = Device.objects.filter(pk__in={pk for pk, _ in pairs}, state=Device.State.ACTIVE).select_related("runs")
+    found = {(each.device.pk, each.model): each for each in selectors.laggards(among=rows)}
+    return [found[pair] for pair in pairs if pair in found]
+
+
+class Pages(Sequence[Laggard]):
+    """Everyone who lags, the longest unseen first; explained are those of the page that somebody takes."""
+
+    def __init__(self, model: str | None = None) -> None:
+        admission = Admission(snapshots.current())
+        self._pairs = listing(admission, list(behind(admission, model)))
+
+    def __len__(self) -> int:
+        return len(self._pairs)
+
+    @overload
+    def __getitem__(self, place: int) -> Laggard: ...
+    @overload
+    def __getitem__(self, place: slice) -> list[Laggard]: ...
+    def __getitem__(self, place: int | slice) -> Laggard | list[Laggard]:
+        found = explain(self._pairs[place] if isinstance(place, slice) else [self._pairs[place]])
+        return found if isinstance(place, slice) else found[0]
+
+
+# --- by columns --------------------------------------------------------------------------------------------------
+
+Test = Callable[[Numbers], Flags]
+
+
+def behind(admission: Admission, model: str | None = None) -> Iterator[Behind]:
+    """Everyone who lags, with each model or with one."""
+    models = {name for crowd in admission.roster.crowds for name in crowd.traits.models}
+    look = _Look(admission)
+    for name in sorted(models if model is None else models & {model}):
+        for plan, places in admission.plans(name):
+            yield from look.behind(plan, places)
+        yield from _with_pins(admission, name)
+
+
+def _with_pins(admission: Admission, model: str) -> Iterator[Behind]:
+    """The few that the policy decides one by one."""
+    rows = [device for device, _ in (admission.exceptions if admission.pinned.any() else ())]
+    for each in selectors.laggards(model, among=rows):
+        if each.device.pk in admission.place_of:
+            yield Behind(model, each.why, np.array([admission.place_of[each.device.pk]]))
+
+
+class _Look:
+    def __init__(self, admission: Admission) -> None:
+        self._admission = admission
+        self._horizon = rosters.micros(offline_before())
+        self._said: dict[str, tuple[Numbers, Numbers]] = {}
+
+    def behind(self, plan: policy.ModelPlan, places: Numbers) -> Iterator[Behind]:
+        """Of one crowd. What holds first takes the device away from what comes later."""
+        if not plan.options:
+            return
+        places = places[~self._admission.runs_release(plan.options[0].rollout.release, places)]
+        for why, test in self._tests(plan.options[0]):
+            holds = test(places)
+            if holds.any():
+                yield Behind(plan.model, why, places[holds])
+            places = places[~holds]
+
+    def _tests(self, option: policy.Option) -> Iterator[tuple[str, Test]]:
+        rule, admission = option.rollout, self._admission
+        excluded = selectors.PAUSED if rule.state == policy.PAUSED else selectors.NOT_ADMITTED
+        waiting, said = self._statuses(rule.release.model, str(option.assignment.release or ""))
+        yield selectors.FAILED_THERE, lambda places: admission.failed_in(rule.id, places)
+        yield excluded, lambda places: ~admission.lets_in(rule, places)
+        yield selectors.REFUSES, self._among(self._refusing)
+        yield selectors.OFFLINE, lambda places: ~admission.seen_since(self._horizon, places)
+        yield selectors.WAITING, self._among(waiting)
+        yield selectors.UPDATING_NOW, self._among(said)
+        yield selectors.UNSEEN, lambda places: np.ones(len(places), dtype=np.bool_)
+
+    def _among(self, ids: Numbers) -> Test:
+        return lambda places: np.isin(self._admission.roster.ids[places], ids)
+
+    def _statuses(self, model: str, path: str) -> tuple[Numbers, Numbers]:
+        """Devices whose last word on the model is of this very release: those that wait, and all."""
+        if path not in self._said:
+            rows = ModelStatus.objects.filter(model=model, release=path).annotate(waits=_WAITS)
+            ids, waits = columns(rows, "device_id", "waits")
+            self._said[path] = (ids[waits > 0], ids)
+        return self._said[path]
+
+    @cached_property
+    def _refusing(self) -> Numbers:
+        return columns(refusing(), "pk")[0]
+
+
+_WAITS = Case(When(state=events.WAITING, then=Value(1)), default=Value(0), output_field=IntegerField())
