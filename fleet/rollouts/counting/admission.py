@@ -10,11 +10,11 @@ from functools import cached_property
 import numpy as np
 from django.db.models import QuerySet
 
-from fleet.devices.bulk import Flags, Numbers, columns
+from fleet.devices.bulk import Flags, Numbers, columns, names
 from fleet.devices.models import Device, RunningSet
 from fleet.rollouts import policy, selectors
 from fleet.rollouts.counting import roster as rosters
-from fleet.rollouts.counting.cohorts import Cohorts
+from fleet.rollouts.counting.cohorts import KEPT_FROM, Cohorts
 from fleet.rollouts.counting.roster import Crowd, Roster
 from fleet.rollouts.models import Outcome
 
@@ -36,11 +36,16 @@ class Admission:
         return np.concatenate(found)
 
     def plans(self, model: str) -> Iterator[tuple[policy.ModelPlan, Numbers]]:
-        """What the policy says of a model, to whom: devices with pins are left out."""
+        """What the policy says of a model, to whom: crowds with the same options together, pins left out."""
+        same: dict[tuple[object, ...], tuple[policy.ModelPlan, list[Numbers]]] = {}
         for crowd in self.roster.crowds:
             for plan in self._plan(crowd).models:
                 if plan.model == model:
-                    yield plan, crowd.places[~self.pinned[crowd.places]]
+                    options = tuple((each.rollout.id, str(each.assignment.release)) for each in plan.options)
+                    same.setdefault(options, (plan, []))[1].append(crowd.places)
+        for plan, crowds in same.values():
+            places = np.concatenate(crowds)
+            yield plan, places[~self.pinned[places]]
 
     def lets_in(self, rule: policy.RolloutRules, places: Numbers) -> Flags:
         """`policy.admits`, of devices for which the rule is meant."""
@@ -49,8 +54,15 @@ class Admission:
         elif rule.state == policy.COMPLETED:
             inside = np.ones(len(places), dtype=np.bool_)
         else:
-            inside = _cohorts.inside(rule.salt, rule.percent, self.roster.ids[places], until=self.until)
+            inside = self._in_cohort(rule, places)
         return inside & ~self.failed_in(rule.id, places)
+
+    def _in_cohort(self, rule: policy.RolloutRules, places: Numbers) -> Flags:
+        ids = self.roster.ids[places]
+        if len(self.roster.ids) >= KEPT_FROM:
+            return _cohorts.inside(rule.salt, rule.percent, ids, until=self.until)
+        found = (policy.in_cohort(rule.salt, self._names[pk], rule.percent) for pk in ids.tolist())
+        return np.fromiter(found, dtype=np.bool_, count=len(ids))
 
     def runs_release(self, release: policy.ReleaseRef, places: Numbers) -> Flags:
         start = f"{release.version}/"
@@ -106,6 +118,11 @@ class Admission:
     @cached_property
     def _plans(self) -> dict[policy.Traits, policy.Plan]:
         return {}
+
+    @cached_property
+    def _names(self) -> dict[int, str]:
+        """Of a small fleet: one query, where there are many groups."""
+        return dict(names(np.sort(self.roster.ids)))
 
     @cached_property
     def _sets(self) -> dict[int, dict[str, str]]:

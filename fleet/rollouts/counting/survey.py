@@ -19,7 +19,6 @@ from fleet.devices.selectors import offline_before, refusing
 from fleet.rollouts import policy, selectors, snapshots
 from fleet.rollouts.counting import roster as rosters
 from fleet.rollouts.counting.admission import FOR_EVER, Admission
-from fleet.rollouts.counting.cohorts import OverBudgetError
 from fleet.rollouts.counting.tallies import progress_of
 from fleet.rollouts.models import Rollout
 from fleet.rollouts.selectors import Laggard, Progress
@@ -52,17 +51,7 @@ def survey(rollouts: Sequence[Rollout], *, first: int, until: float = FOR_EVER) 
     for each in found:
         reasons[each.why] += len(each.places)
     listed = listing(admission, found)[:first]
-    return Survey(_progress(rollouts, admission), reasons.total(), dict(reasons.most_common()), listed)
-
-
-def _progress(rollouts: Sequence[Rollout], admission: Admission) -> dict[int, Progress]:
-    found: dict[int, Progress] = {}
-    for rollout in rollouts:
-        try:
-            found |= progress_of([rollout], admission)
-        except OverBudgetError:
-            continue
-    return found
+    return Survey(progress_of(rollouts, admission), reasons.total(), dict(reasons.most_common()), listed)
 
 
 def listing(admission: Admission, found: Sequence[Behind]) -> list[tuple[int, str]]:
@@ -114,15 +103,15 @@ def behind(admission: Admission, model: str | None = None) -> Iterator[Behind]:
     for name in sorted(models if model is None else models & {model}):
         for plan, places in admission.plans(name):
             yield from look.behind(plan, places)
-        yield from _with_pins(admission, name)
+    yield from _with_pins(admission, model)
 
 
-def _with_pins(admission: Admission, model: str) -> Iterator[Behind]:
+def _with_pins(admission: Admission, model: str | None) -> Iterator[Behind]:
     """The few that the policy decides one by one."""
     rows = [device for device, _ in (admission.exceptions if admission.pinned.any() else ())]
-    for each in selectors.laggards(model, among=rows):
+    for each in selectors.laggards(model, among=rows) if rows else ():
         if each.device.pk in admission.place_of:
-            yield Behind(model, each.why, np.array([admission.place_of[each.device.pk]]))
+            yield Behind(each.model, each.why, np.array([admission.place_of[each.device.pk]]))
 
 
 class _Look:

@@ -7,6 +7,7 @@ a stage, and then what was counted before may still say "not yet". Nothing passe
 import time
 from collections import defaultdict
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from datetime import datetime
 from functools import cached_property
@@ -147,9 +148,13 @@ def progress(rollout: Rollout) -> Progress:
 
 
 def progress_of(rollouts: Sequence[Rollout], admission: Admission) -> dict[int, Progress]:
-    """Of several rollouts, by one look at the fleet."""
+    """Of several rollouts, by one look at the fleet; of those for which there was time."""
     counts = outcome_counts([rollout.pk for rollout in rollouts])
-    return {rollout.pk: _progress(rollout, counts[rollout.pk], admission) for rollout in rollouts}
+    found = {}
+    for rollout in rollouts:
+        with suppress(OverBudgetError):
+            found[rollout.pk] = _progress(rollout, counts[rollout.pk], admission)
+    return found
 
 
 def _progress(rollout: Rollout, counts: Counts, admission: Admission) -> Progress:
