@@ -54,7 +54,7 @@ fuzz: $(TEST) ## Mutated messages at every parser, for SECONDS (600); crashes ar
 audit-deps: $(TEST) ## Are the locked packages free of known faults? Says so where it could ask nobody (exit 3)
 	$(BIN)/python -m deploy.audit_deps $(ARGS)
 
-bench: $(DEMO) ## Measure what it costs beside baselines; writes deploy/bench/RESULTS.md
+bench: $(TEST) ## Measure what it costs beside baselines; writes deploy/bench/RESULTS.md
 	$(BIN)/python -m deploy.bench $(ARGS)
 
 serve: $(DEMO) ## The server alone, on PORT (8000), with its data in var/

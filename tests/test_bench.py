@@ -15,7 +15,9 @@ from deploy.bench.measure import Row, Section, interleaved
 from deploy.bench.report import page
 
 ROOT = Path(__file__).resolve().parent.parent
-EXPECTED = {"wrapper": 3, "swap": 19, "store": 2, "memory": 3, "delta": 16, "poll": 4, "signing": 2, "wire": 4}
+EXPECTED = {
+    "wrapper": 3, "swap": 19, "store": 2, "memory": 3, "delta": 16, "scale": 9, "poll": 4, "signing": 2, "wire": 4,
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module")

@@ -61,7 +61,7 @@ def _array(data: bytes, offset: int) -> Numbers:
 
 
 # --- names -------------------------------------------------------------------------------------------------------
-DENSE = 8  # a range is read where it holds at most so many devices for each that is wanted
+DENSE = 2  # a range is read where it holds at most so many devices for each that is wanted
 
 
 def names(ids: Numbers) -> list[tuple[int, str]]:
@@ -72,7 +72,8 @@ def names(ids: Numbers) -> list[tuple[int, str]]:
         wanted = set(ids.tolist())
         return [row for row in rows.values_list("pk", "name").iterator(chunk_size=ROWS) if row[0] in wanted]
     if last - first > DENSE * len(ids):
-        rows = Device.objects.filter(pk__in=ids.tolist()).order_by()
+        wanted = "{" + ",".join(map(str, ids.tolist())) + "}"  # one parameter, not one for each
+        rows = Device.objects.extra(where=["id = ANY(%s::bigint[])"], params=[wanted]).order_by()
     packed = rows.aggregate(ids=ArrayAgg("pk", default=[]), names=StringAgg("name", "\n", default=""))
     kept = np.isin(packed["ids"], ids)
     pairs = zip(packed["ids"], packed["names"].split("\n"), strict=False)

@@ -44,13 +44,14 @@ class Survey:
 
 
 def survey(rollouts: Sequence[Rollout], *, first: int, until: float = FOR_EVER) -> Survey:
-    """By one look at the fleet. `until`: when to leave out what is not counted yet."""
-    admission = Admission(snapshots.current(), until=until)
+    """By one look at the fleet. `until`: when to leave out the progress that is not counted yet."""
+    admission = Admission(snapshots.current())
     found = list(behind(admission))
     reasons = Counter[str]()
     for each in found:
         reasons[each.why] += len(each.places)
     listed = listing(admission, found)[:first]
+    admission.until = until
     return Survey(progress_of(rollouts, admission), reasons.total(), dict(reasons.most_common()), listed)
 
 
