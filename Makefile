@@ -14,7 +14,7 @@ WORKERS ?= 2
 PYTEST := $(BIN)/python -m pytest -n $(WORKERS)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint mutants conformance fuzz audit-deps bench serve screenshots lock clean
+.PHONY: help demo test lint mutants conformance fuzz audit-deps bench drill serve screenshots lock clean
 
 help: ## What can be made
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' Makefile
@@ -54,8 +54,11 @@ fuzz: $(TEST) ## Mutated messages at every parser, for SECONDS (600); crashes ar
 audit-deps: $(TEST) ## Are the locked packages free of known faults? Says so where it could ask nobody (exit 3)
 	$(BIN)/python -m deploy.audit_deps $(ARGS)
 
-bench: $(TEST) ## Measure what it costs beside baselines; writes deploy/bench/RESULTS.md
+bench: $(DEMO) ## Measure what it costs beside baselines; writes deploy/bench/RESULTS.md
 	$(BIN)/python -m deploy.bench $(ARGS)
+
+drill: $(TEST) ## Kill, cut off, fill up and wear out devices in every way promised, and print what comes of it; ARGS="--only store"
+	@$(BIN)/python -m tests.survival $(ARGS)
 
 serve: $(DEMO) ## The server alone, on PORT (8000), with its data in var/
 	$(BIN)/python manage.py serve --port $(PORT)

@@ -8,17 +8,17 @@ shared, so a test names its own models, devices and rollouts.
 import json
 import os
 import secrets
-import subprocess
 import sys
 import urllib.request
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from urllib.error import HTTPError, URLError
 
 import pytest
 
+from tests.manager import Manager
 from tests.services import S3, Postgres, Redis, free_port, running, temporary_folder
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -36,22 +36,11 @@ class LiveServer:
     password: str  # of the superuser `admin`
     log: Path
     keystore: Path  # of the offline keys: `trust_add_model NAME --keystore …`
+    manage: Manager  # runs `manage.py` against this server's database, and returns what it printed
     user: str = USER
-
-    def manage(self, *arguments: str, stdin: str | None = None) -> str:
-        """Run `manage.py` against this server's database; what it printed."""
-        return manage(self.env, *arguments, stdin=stdin)
 
     def logged(self) -> str:
         return self.log.read_text(errors="replace")
-
-
-def manage(env: dict[str, str], *arguments: str, stdin: str | None = None) -> str:
-    command = [sys.executable, "manage.py", *arguments]
-    done = subprocess.run(command, cwd=ROOT, env=env, input=stdin or "", capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise RuntimeError(f"manage.py {' '.join(arguments)} ended with {done.returncode}:\n{done.stdout}{done.stderr}")
-    return done.stdout
 
 
 @pytest.fixture(scope="session", params=BACKENDS)
@@ -97,11 +86,12 @@ def serving(backend: str, extra: dict[str, str], *options: str) -> Iterator[Live
         if "FLEET_PRODUCTION" in extra:
             keystore = folder / "offline"
             env |= online_key(folder / "online")
-        prepare(env, keystore)
-        log = folder / "serve.log"
-        command = [sys.executable, "manage.py", "serve", "--port", str(port), "--no-migrate", *options]
-        with running(command, log, ready=lambda: probe(f"{url}/readyz"), cwd=ROOT, env=env):
-            yield LiveServer(backend, url, env, env["DJANGO_SUPERUSER_PASSWORD"], log, keystore)
+        with closing(Manager(env)) as manage:
+            prepare(manage, keystore)
+            log = folder / "serve.log"
+            command = [sys.executable, "manage.py", "serve", "--port", str(port), "--no-migrate", *options]
+            with running(command, log, ready=lambda: probe(f"{url}/readyz"), cwd=ROOT, env=env):
+                yield LiveServer(backend, url, env, env["DJANGO_SUPERUSER_PASSWORD"], log, keystore, manage)
 
 
 def online_key(folder: Path) -> dict[str, str]:
@@ -124,28 +114,13 @@ def environment(var: Path, url: str) -> dict[str, str]:
     }
 
 
-def prepare(env: dict[str, str], keystore: Path) -> None:
-    """In one process: each start of Django costs a second."""
-    script = f"""
-import django; django.setup()
-from django.core.management import call_command
-call_command("migrate", verbosity=0)
-call_command("collectstatic", verbosity=0, interactive=False)
-call_command("createsuperuser", username="{USER}", email="a@example.org", interactive=False, verbosity=0)
-call_command("trust_init", keystore=__import__("pathlib").Path({str(keystore)!r}))
-"""
-    done = subprocess.run(
-        [sys.executable, "-c", script],
-        cwd=ROOT,
-        env=env | {"DJANGO_SETTINGS_MODULE": "fleet.settings"},
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    if done.returncode:
-        raise RuntimeError(f"cannot prepare the server:\n{done.stdout}{done.stderr}")
-    online = Path(env.get("FLEET_ONLINE_KEY_PUBLIC", keystore / "online.pub.json")).parent
+def prepare(manage: Manager, keystore: Path) -> None:
+    """The database, the static files, the superuser and the keys of a new server."""
+    manage("migrate", "-v0")
+    manage("collectstatic", "-v0", "--noinput")
+    manage("createsuperuser", "--username", USER, "--email", "a@example.org", "--noinput", "-v0")
+    manage("trust_init", "--keystore", str(keystore))
+    online = Path(manage.env.get("FLEET_ONLINE_KEY_PUBLIC", keystore / "online.pub.json")).parent
     if online != keystore:
         online.mkdir()
         for path in keystore.glob("online.*"):

@@ -10,11 +10,11 @@ from pathlib import Path
 
 from rich.console import Console
 
-from deploy.bench import delta, footprint, poll, report, scale, server, signing, store, swap, wire, wrapper
+from deploy.bench import delta, footprint, guards, poll, report, server, signing, store, swap, wire, wrapper
 from deploy.bench.measure import FULL, TINY, Scale, Section
 
 RESULTS = Path(__file__).with_name("RESULTS.md")
-OF_DEVICES = {"wrapper": wrapper, "swap": swap, "store": store, "memory": footprint, "delta": delta, "scale": scale}
+OF_DEVICES = {"wrapper": wrapper, "swap": swap, "store": store, "memory": footprint, "delta": delta, "guards": guards}
 OF_SERVERS = {"poll": poll, "signing": signing, "wire": wire}
 NAMES = (*OF_DEVICES, *OF_SERVERS)
 
@@ -35,16 +35,16 @@ def main() -> int:
     return 0
 
 
-def _measure(folder: Path, size: Scale, names: Sequence[str]) -> Iterator[tuple[str, Section]]:
+def _measure(folder: Path, scale: Scale, names: Sequence[str]) -> Iterator[tuple[str, Section]]:
     """Devices first: the server's world brings threads and memory of its own."""
     for name in (name for name in OF_DEVICES if name in names):
-        yield name, OF_DEVICES[name].measure(_make(folder / name), size)
+        yield name, OF_DEVICES[name].measure(_make(folder / name), scale)
     if not set(OF_SERVERS) & set(names):
         return
     server.set_up(_make(folder / "var"))
     world = server.Server()
     for name in (name for name in OF_SERVERS if name in names):
-        yield name, OF_SERVERS[name].measure(_make(folder / name), size, world)
+        yield name, OF_SERVERS[name].measure(_make(folder / name), scale, world)
 
 
 def _make(folder: Path) -> Path:

@@ -26,10 +26,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from device_sdk.protocol.arrays.npy import Array
 from fleet.errors import Invalid
-from fleet.feedback.parsing import Array, Sample
+from fleet.feedback.models import DATASETS
+from fleet.feedback.parsing import Sample
 
-FOLDER = "datasets"
 PARTS_PER_BATCH = 400  # days x versions x signatures: a year of an idle device, but not a file for each sample
 _DAYS = (date(1970, 1, 1), date(2100, 1, 1))
 
@@ -47,7 +48,7 @@ class Cell:
 
     @property
     def folder(self) -> str:
-        return f"{FOLDER}/model={self.model}/version={self.version}/day={self.day:%Y-%m-%d}"
+        return f"{DATASETS}/model={self.model}/version={self.version}/day={self.day:%Y-%m-%d}"
 
 
 @dataclass(frozen=True, slots=True)

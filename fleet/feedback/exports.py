@@ -6,8 +6,7 @@ from dataclasses import dataclass
 from io import BufferedIOBase
 from pathlib import Path, PurePosixPath
 
-from fleet.feedback.datasets import FOLDER
-from fleet.feedback.models import DatasetPart
+from fleet.feedback.models import DATASETS, DatasetPart
 from fleet.releases import storage
 
 CHUNK = 1024 * 1024
@@ -52,7 +51,7 @@ def export_zip(parts: Iterable[DatasetPart]) -> Iterator[bytes]:
 
 def inner_path(part: DatasetPart) -> PurePosixPath:
     """`model=…/version=…/day=…/part-….parquet`"""
-    return PurePosixPath(part.path).relative_to(FOLDER)
+    return PurePosixPath(part.path).relative_to(DATASETS)
 
 
 def _copy(part: DatasetPart, target: Path, on_progress: Callable[[int], None]) -> None:

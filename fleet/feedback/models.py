@@ -9,6 +9,8 @@ from django.utils import timezone
 
 from device_sdk.protocol.assignment import DAY_MINUTES, MAX_JITTER_SECONDS, MAX_SAMPLES
 
+DATASETS = "datasets"  # the folder of object storage where parts lie
+
 
 def validate_probability(value: float) -> None:
     if not 0 <= value <= 1:  # said this way round, so that NaN is none

@@ -1,4 +1,7 @@
-"""Wake-up calls for the feedback room. The sweep alone would do all the work, a little later."""
+"""Wake-up calls for the feedback room. The sweep alone would do all the work, a little later.
+
+Compaction is imported where it runs: whoever merely sends a wake-up call should not load pyarrow.
+"""
 
 from celery import shared_task
 
@@ -7,13 +10,17 @@ from fleet.feedback import services
 
 @shared_task
 def ingest(pk: int) -> None:
-    services.ingest(pk=pk)
+    from fleet.feedback import compaction
+
+    compaction.ingest(pk=pk)
 
 
 @shared_task
 def sweep() -> None:
     """Compact what was received; forget what never came."""
-    services.compact_due()
+    from fleet.feedback import compaction
+
+    compaction.compact_due()
     services.expire()
 
 

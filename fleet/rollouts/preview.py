@@ -5,6 +5,7 @@ from datetime import timedelta
 from django.utils import timezone
 
 from fleet.devices.models import Device
+from fleet.rollouts.counting import groups
 from fleet.rollouts.counting import roster as rosters
 from fleet.rollouts.models import Rollout
 from fleet.rollouts.simulation.scenario import Quality, Scenario, Stage
@@ -20,8 +21,7 @@ def of_rollout(rollout: Rollout, failing: float) -> Scenario:
     are virtual, so cohorts are as large as the real ones and hold others.
     """
     roster = rosters.load()
-    selector = rollout.group.selector if rollout.group else {}
-    places = roster.members(selector, rollout.release.model.name)
+    places = groups.places_of(rollout, roster)
     silent = (roster.seen[places] < rosters.micros(timezone.now()) - DAY).mean() if len(places) else 0.0
     month_ago = timezone.now() - timedelta(days=MONTH)
     new = Device.objects.filter(enrolled_at__gte=month_ago, state=Device.State.ACTIVE).count()

@@ -25,6 +25,7 @@ class StageRules:
     last: bool
     on_failure: str = ROLL_BACK
     since: datetime | None = None
+    ring: bool = False  # it admits a ring, and no percentage of its own
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,7 +92,8 @@ def _on_failure(stage: StageRules, tally: Tally) -> Decision:
 def _doubt(stage: StageRules, tally: Tally, now: datetime) -> str:
     """Name the first thing that cannot be trusted, or nothing."""
     doubts = {
-        "the stage's percentage is malformed": not _number(stage.percent, 0, 100) or stage.percent == 0,
+        "the stage's percentage is malformed": not _number(stage.percent, 0, 100)
+        or (stage.percent == 0 and stage.ring is not True),
         "the stage's soak time is malformed": not _number(stage.soak_seconds, 0, math.inf),
         "the success threshold is malformed": not _number(stage.success_threshold, 0, 1),
         "the counts of reports are malformed": not (_count(stage.min_reports) and _count(tally.committed)),

@@ -31,5 +31,6 @@ def device(shop: Shop, request: pytest.FixtureRequest) -> Iterator[Device]:
             yield own
         return
     shared: Device = request.getfixturevalue("shared_device")
+    shared.settles()
     yield shared
     shared.relieve()

@@ -40,7 +40,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 from cryptography.x509.oid import NameOID
 
-from device_sdk import client, publish
+from device_sdk import enrolment, publish
 from device_sdk.protocol.polls import EVENTS, POLL, Bundle
 from tests.attacks import ATTACKED
 from tests.live import ROOT, LiveServer
@@ -164,32 +164,21 @@ class Shop:
     _web: requests.Session = field(default_factory=requests.Session)
 
     def __post_init__(self) -> None:
-        script = f"""
-import django; django.setup()
-from pathlib import Path
-from django.contrib.auth.models import Group, User
-from django.core.management import call_command
-for model, key in (({self.model!r}, {str(self.key)!r}), ({self.other!r}, {str(self.other_key)!r})):
-    call_command("trust_add_model", model, keystore=Path({str(self.server.keystore)!r}), ci_key_out=Path(key))
-user = User.objects.create_user("op-{self.model}", password="{PASSWORD}", is_staff=True)
-user.groups.add(Group.objects.get(name="{OPERATORS}"))
-print("TOKEN")
-call_command("api_token", "ci-{self.model}", scope=["publish"], model=["{self.model}"])
-print("TOKEN")
-call_command("api_token", "op-{self.model}", scope=["operate"], user="op-{self.model}")
-call_command("provision", name="{self.model}", model=["{self.model}"], uses=1000, days=1,
-    out=Path({str(self.provision)!r}))
-"""
-        done = subprocess.run(
-            [sys.executable, "-c", script],
-            cwd=ROOT,
-            env={**self.server.env, "DJANGO_SETTINGS_MODULE": "fleet.settings"},
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        assert done.returncode == 0, done.stdout + done.stderr
-        self.token, self.operator = (part.split()[0] for part in done.stdout.split("TOKEN\n")[1:])
+        manage = self.server.manage
+        for model, key in ((self.model, self.key), (self.other, self.other_key)):
+            manage("trust_add_model", model, "--keystore", str(self.server.keystore), "--ci-key-out", str(key))
+        people = "from django.contrib.auth.models import Group, User;"
+        made = f"User.objects.create_user({self.user!r}, password={PASSWORD!r}, is_staff=True)"
+        manage("shell", "-v0", "-c", f"{people} {made}.groups.add(Group.objects.get(name={OPERATORS!r}))")
+        self.token = manage("api_token", f"ci-{self.model}", "--scope", "publish", "--model", self.model).split()[0]
+        self.operator = manage("api_token", self.user, "--scope", "operate", "--user", self.user).split()[0]
+        named = ["--name", self.model, "--model", self.model, "--uses", "1000", "--days", "1"]
+        manage("provision", *named, "--out", str(self.provision))
+
+    @property
+    def user(self) -> str:
+        """The operator's name."""
+        return f"op-{self.model}"
 
     @property
     def key(self) -> Path:
@@ -208,13 +197,13 @@ call_command("provision", name="{self.model}", model=["{self.model}"], uses=1000
     def provision(self) -> Path:
         return self.folder / f"{self.model}.json"
 
-    def push(self, version: str, data: bytes, *, wait: bool = True) -> int:
+    def push(self, version: str, data: bytes, *options: str, wait: bool = True) -> int:
         """As CI does. The publisher's exit code."""
         model = self.folder / "model.onnx"
         model.write_bytes(data)
         named = ["--model", self.model, "--version", version, "--server", self.server.url]
         secret = ["--key", str(self.key), "--token", self.token]
-        return publish.main(["push", str(model), *named, *secret, *(["--wait"] if wait else [])])
+        return publish.main(["push", str(model), *named, *secret, *options, *(["--wait"] if wait else [])])
 
     def new_factor(self) -> float:
         """Of a release that no device has seen."""
@@ -261,10 +250,13 @@ call_command("provision", name="{self.model}", model=["{self.model}"], uses=1000
 
     def page(self, device: str) -> str:
         """What an operator sees of a device in the admin, without the tags."""
+        return self.admin(f"devices/device/{self.device_row(device)['id']}/change/")
+
+    def admin(self, path: str) -> str:
+        """What an operator reads on a page of the admin."""
         if not self._web.cookies.get("sessionid"):
             self._log_in()
-        number = self.device_row(device)["id"]
-        answer = self._web.get(f"{self.server.url}/admin/devices/device/{number}/change/", timeout=30)
+        answer = self._web.get(f"{self.server.url}/admin/{path}", timeout=30)
         assert answer.ok, answer.text[:500]
         return html.unescape(re.sub(r"\s+", " ", re.sub(r"<[^>]*>", " ", answer.text)))
 
@@ -275,7 +267,7 @@ call_command("provision", name="{self.model}", model=["{self.model}"], uses=1000
     def _log_in(self) -> None:
         where = f"{self.server.url}/admin/login/?next=/admin/"
         self._web.get(where, timeout=30)
-        form = {"username": f"op-{self.model}", "password": PASSWORD}
+        form = {"username": self.user, "password": PASSWORD}
         form["csrfmiddlewaretoken"] = self._web.cookies["csrftoken"]
         answer = self._web.post(where, data=form, headers={"Referer": where}, timeout=30)
         assert self._web.cookies.get("sessionid"), answer.text[:500]
@@ -286,7 +278,7 @@ call_command("provision", name="{self.model}", model=["{self.model}"], uses=1000
         home.mkdir(mode=0o700)
         provision = json.loads(self.provision.read_text())
         (home / "provision.json").write_text(json.dumps({**provision, "server": server or self.server.url}))
-        assert client.enrol(home, name) == "active"
+        assert enrolment.enrol(home, name) == "active"
         return home
 
     def ask(self, home: Path, *, root: int = 0) -> Bundle:
@@ -486,6 +478,10 @@ class Device:
         self.runs(factor)
         self.comes_to(lambda: "refuses what it is sent" not in self.page(), "its page shows that it is over")
         self._mark = len(self.logged())
+
+    def settles(self) -> None:
+        """It runs what the server has for it: a row with a device of its own rolls out to every device of the model."""
+        self.runs(float(self.shop.assigned(self.honest(), self.name).partition(".")[0]))
 
     def runs(self, factor: float) -> None:
         """It answers by the release of `factor`, and has committed it."""

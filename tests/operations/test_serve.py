@@ -10,7 +10,7 @@ import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 
 import psutil
@@ -18,12 +18,14 @@ import pytest
 import requests
 from prometheus_client.parser import text_string_to_metric_families
 
-from tests.live import BACKENDS, environment, manage, prepare, probe
+from tests.live import BACKENDS, environment, prepare, probe
+from tests.manager import CommandFailed, Manager
 from tests.services import free_port, running, temporary_folder
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 pytestmark = pytest.mark.e2e
 CLIENTS = 30
+TAKEN = r"cannot listen on 127\.0\.0\.1:.*try another --port"
 
 
 def test_a_live_server_is_ready_in_all_its_parts(live):
@@ -126,8 +128,8 @@ def test_serve_names_a_port_that_is_taken(tmp_path):
     with socket.socket() as other:
         other.bind(("127.0.0.1", 0))
         other.listen()
-        with pytest.raises(RuntimeError, match=r"cannot listen on 127\.0\.0\.1:.*try another --port"):
-            manage(env, "serve", "--no-migrate", "--port", str(other.getsockname()[1]))
+        with closing(Manager(env)) as manage, pytest.raises(CommandFailed, match=TAKEN):
+            manage("serve", "--no-migrate", "--port", str(other.getsockname()[1]))
 
 
 @pytest.fixture
@@ -151,9 +153,10 @@ def embedded_server():
     command = [sys.executable, "manage.py", "serve", "--port", str(port), "--workers", "2", "--no-migrate"]
     with temporary_folder("own") as folder:
         env = environment(folder / "var", url)
-        prepare(env, folder / "var" / "keystore")
-        with running(command, folder / "log", ready=lambda: probe(f"{url}/readyz"), cwd=ROOT, env=env) as process:
-            yield process, url, env
+        with closing(Manager(env)) as manage:
+            prepare(manage, folder / "var" / "keystore")
+            with running(command, folder / "log", ready=lambda: probe(f"{url}/readyz"), cwd=ROOT, env=env) as process:
+                yield process, url, manage
 
 
 def test_a_web_server_that_dies_is_back_soon(sturdy_server):
@@ -227,13 +230,13 @@ with ThreadPoolExecutor({CLIENTS // 3}) as pool:
 
 
 def test_sqlite_takes_writers_of_several_processes_while_clients_ask_and_none_finds_it_locked(sturdy_server):
-    _, url, env = sturdy_server
-    env = env | {"DJANGO_SETTINGS_MODULE": "fleet.settings"}
+    _, url, manage = sturdy_server
+    env = manage.env | {"DJANGO_SETTINGS_MODULE": "fleet.settings"}
     create = (
         "from datetime import timedelta; from django.utils import timezone; from fleet.devices.models import *;"
         "EnrolmentToken.objects.create(digest='contended', max_uses=9999, expires_at=timezone.now() + timedelta(1))"
     )
-    manage(env, "shell", "-v0", "-c", create)
+    manage("shell", "-v0", "-c", create)
     writers = [
         subprocess.Popen([sys.executable, "-c", WRITER], cwd=ROOT, env=env, stderr=subprocess.PIPE, text=True)
         for _ in range(3)
@@ -245,7 +248,7 @@ def test_sqlite_takes_writers_of_several_processes_while_clients_ask_and_none_fi
     assert [writer.returncode for writer in writers] == [0, 0, 0], told
     assert statuses == {200}
     count = "from fleet.devices.models import *; print(EnrolmentToken.objects.get(digest='contended').uses)"
-    assert manage(env, "shell", "-v0", "-c", count).strip() == str(CLIENTS * 10)
+    assert manage("shell", "-v0", "-c", count).strip() == str(CLIENTS * 10)
 
 
 def test_control_c_ends_all_at_once(sturdy_server):

@@ -10,7 +10,7 @@ from django.core.files.storage import storages
 from django.test import Client
 
 from fleet.devices.models import Device
-from fleet.feedback import services, tasks
+from fleet.feedback import compaction, services, tasks
 from fleet.feedback.models import Batch, Campaign
 from fleet.releases import storage
 from tests.server.batch_world import NOON, URL, World, bearer, files_under, head, pack, sample
@@ -89,7 +89,7 @@ def test_a_broker_that_is_away_does_not_keep_a_batch_from_being_received(
         answer = complete(world.device)
     assert answer.json() == {"state": "received"}
     assert len(callbacks) == 1
-    assert services.compact_due() != []  # the sweep needs no message
+    assert compaction.compact_due() != []  # the sweep needs no message
 
 
 def test_the_same_batch_twice_is_one_batch(world, data):
@@ -123,7 +123,7 @@ def test_a_rejected_batch_counts_as_received_for_the_device_so_that_it_is_not_se
     announce(world.device, head(data, batch_id=ID))
     put(world.device, data)
     complete(world.device)
-    services.ingest(pk=Batch.objects.get().pk)
+    compaction.ingest(pk=Batch.objects.get().pk)
     assert Batch.objects.get().state == "rejected"
     assert announce(world.device, head(data, batch_id=ID)).json() == {"state": "received"}
 

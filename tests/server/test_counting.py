@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from device_sdk.protocol.cohorts import cohort
-from fleet.devices.models import Device, ModelStatus
+from fleet.devices.models import Device, Group, ModelStatus
 from fleet.rollouts import policy, selectors, services, snapshots, tasks
 from fleet.rollouts.counting import admission, cohorts, summary, survey, tallies
 from fleet.rollouts.counting.admission import Admission
@@ -28,7 +28,7 @@ ago = lambda **span: timezone.now() - timedelta(**span)  # noqa: E731
 VERSIONS = ("1.0.0", "1.1.0", "1.2.0")
 RUNS = st.sampled_from([None, {}, *({"digits": f"{version}/default"} for version in VERSIONS)])
 
-# Each rollout: version, state, percent, its group's site, minutes since its stage began.
+# Each rollout: version, state, percent, its group's site, minutes since its stage began, excludes, ring.
 ROLLOUTS = st.lists(
     st.tuples(
         st.sampled_from(VERSIONS),
@@ -36,6 +36,8 @@ ROLLOUTS = st.lists(
         st.sampled_from([0.5, 30.0, 60.0, 100.0]),
         st.sampled_from(["", "", "north", "south"]),
         st.sampled_from([1, 60]),
+        st.sampled_from(["", "", "site=south", "@name in (cam-1, cam-2)"]),  # excluded
+        st.sampled_from(["", "", "site=north", "@name=cam-3"]),  # a ring that goes first
     ),
     min_size=1,
     max_size=4,
@@ -84,13 +86,17 @@ def make_rollouts(drawn: list[Any]) -> list[Rollout]:
     releases = {version: release(version) for version in VERSIONS}
     groups = {"": None, "north": group("north", site=["north"]), "south": group("south", site=["south"])}
     made = []
-    for number, (version, state, percent, site, minutes) in enumerate(drawn):
-        row = services.create(release=releases[version], group=groups[site], stages=[StagePlan(100)], actor="ann")
-        row.stages.update(percent=percent)
+    for number, (version, state, percent, site, minutes, exclude, ring) in enumerate(drawn):
+        canary = Group.objects.create(name=f"ring-{number}", selector=ring) if ring else None
+        stages = [*([StagePlan(0, ring=canary)] if canary else []), StagePlan(100)]
+        terms = {"release": releases[version], "group": groups[site], "stages": stages, "exclude": exclude}
+        row = services.create(**terms, actor="ann")
+        row.stages.filter(ring=None).update(percent=percent)
         since = ago(minutes=minutes)
         changes = {"state": state, "salt": f"salt-{number}", "started_at": since, "stage_since": since}
+        changes["stage_index"] = len(stages) - 1
         Rollout.objects.filter(pk=row.pk).update(**changes)
-        made.append(Rollout.objects.select_related("release__model", "group").get(pk=row.pk))
+        made.append(Rollout.objects.select_related("release__model", "group", "exclude_group").get(pk=row.pk))
     snapshots.bump()
     return made
 
@@ -105,7 +111,8 @@ def make_devices(entries: list[Any], rollouts: list[Rollout]) -> None:
         )  # fmt: skip
         for rollout, outcome in zip(rollouts, outcomes, strict=False):
             if outcome:
-                Outcome.objects.create(rollout=rollout, device=row, state=outcome)
+                again = ago() if outcome == "failed" and number % 2 else None  # to be tried again
+                Outcome.objects.create(rollout=rollout, device=row, state=outcome, retry_at=again)
         if status:
             said, version = status.split()
             path = f"digits/{version}/default"
@@ -219,8 +226,8 @@ def test_hashing_stops_when_the_time_is_up(monkeypatch: pytest.MonkeyPatch) -> N
 
 def test_what_traits_are_made_of_is_what_the_database_hashes() -> None:
     device(labels={"site": "berlin"})
-    (row,) = Device.objects.only(*selectors.TRAIT_FIELDS)
-    assert queries(lambda: selectors.traits_of(row)) == 0, "traits_of reads a field that TRAIT_FIELDS does not name"
+    (row,) = Device.objects.only(*selectors.TRAITS)
+    assert queries(lambda: selectors.traits_of(row)) == 0, "traits_of reads a field that TRAITS does not name"
 
 
 # --- starting ----------------------------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 from django.core.management import CommandError, call_command
 
-from fleet.feedback import exports, selectors, services
+from fleet.feedback import compaction, exports, selectors
 from fleet.feedback.models import Campaign, DatasetPart
 from tests.server.batch_world import NOON, World, files_under, received, sample
 
@@ -30,7 +30,7 @@ def parts(world: World) -> list[DatasetPart]:
     received(world.device, [sample(0), sample(1, at=NOON + DAY), sample(2, at=NOON + 2 * DAY)])
     received(world.device, [sample(0, release="digits/2/default"), sample(1, release="digits/1.1.0/int8")])
     received(world.other, [sample(0, release="wine/1.0.0/default")], model="wine")
-    return services.compact_due()
+    return compaction.compact_due()
 
 
 def run(*arguments: str) -> str:
@@ -90,7 +90,7 @@ def test_exporting_again_fetches_only_what_is_new(parts, tmp_path, world):
     export(tmp_path / "out")
     before = {path: path.stat().st_mtime_ns for path in files_under(tmp_path / "out")}
     received(world.device, [sample(0, at=NOON + 9 * DAY)])
-    services.compact_due()
+    compaction.compact_due()
     assert "6 samples in 6 files (5 were there)" in export(tmp_path / "out")
     assert {path: path.stat().st_mtime_ns for path in before} == before
 

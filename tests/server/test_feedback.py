@@ -14,7 +14,7 @@ from django.utils import timezone
 
 from device_sdk.protocol.assignment import Assignment, Sampling, Window
 from fleet.errors import Conflict, Invalid
-from fleet.feedback import selectors, services, tasks
+from fleet.feedback import compaction, selectors, services, tasks
 from fleet.feedback.models import Batch, Campaign, DatasetPart
 from fleet.releases import storage
 from tests.server.batch_world import NOON, World, bring, files_under, head, image, npy, pack, received, sample
@@ -41,7 +41,7 @@ def test_the_batches_of_all_devices_become_one_part_for_each_version_and_day(wor
     tomorrow = NOON + 86_400
     received(world.device, [sample(0), sample(1, at=tomorrow), sample(2, release="digits/1.1.0/int8")])
     received(world.other, [sample(0), sample(1)])
-    parts = services.compact(model=world.digits)
+    parts = compaction.compact(model=world.digits)
     assert [(part.version, part.day, part.rows) for part in parts] == [
         ("1.0.0", date(2025, 6, 16), 3),
         ("1.0.0", date(2025, 6, 17), 1),
@@ -56,7 +56,7 @@ def test_the_batches_of_all_devices_become_one_part_for_each_version_and_day(wor
 def test_a_row_says_what_the_device_saw(world):
     members = {"t0.npy": npy(image(3)), "t1.npy": npy(np.array([3], np.int64))}
     received(world.device, [sample(0, sample_id="c" * 32, probability=0.25)], members=members)
-    (part,) = services.compact(model=world.digits)
+    (part,) = compaction.compact(model=world.digits)
     assert rows(part) == [
         {
             "sample_id": "c" * 32,
@@ -75,8 +75,8 @@ def test_a_row_says_what_the_device_saw(world):
 
 def test_compacting_twice_is_compacting_once(world):
     received(world.device)
-    assert len(services.compact(model=world.digits)) == 1
-    assert services.compact(model=world.digits) == []
+    assert len(compaction.compact(model=world.digits)) == 1
+    assert compaction.compact(model=world.digits) == []
     assert DatasetPart.objects.count() == 1
 
 
@@ -92,7 +92,7 @@ def test_a_sample_that_came_in_two_batches_is_one_row(world):
     twin = sample(0)
     received(world.device, [twin])
     received(world.device, [twin, sample(1)])
-    (part,) = services.compact(model=world.digits)
+    (part,) = compaction.compact(model=world.digits)
     assert part.rows == 2
     assert part.batches.count() == 2
 
@@ -102,7 +102,7 @@ def test_releases_with_other_tensors_get_parts_of_their_own(world):
     received(world.other, [sample(0)], members={"t0.npy": npy(np.zeros(3, np.uint8))})
     other_name = sample(0, members={"pixels": "t0.npy"})
     received(world.other, [other_name])
-    parts = services.compact(model=world.digits)
+    parts = compaction.compact(model=world.digits)
     assert len({part.path for part in parts}) == 3
     assert {part.path.rsplit("/", 1)[0] for part in parts} == {
         "datasets/model=digits/version=1.0.0/day=2025-06-16",
@@ -112,20 +112,20 @@ def test_releases_with_other_tensors_get_parts_of_their_own(world):
 def test_shapes_may_differ_within_a_part(world):
     received(world.device, [sample(0)], members={"t0.npy": npy(np.ones((1, 2, 2), np.float32))})
     received(world.other, [sample(0)])
-    (part,) = services.compact(model=world.digits)
+    (part,) = compaction.compact(model=world.digits)
     assert sorted(row["input.image.shape"] for row in rows(part)) == [[1, 2, 2], [1, 8, 8]]
 
 
 def test_a_crash_between_the_object_and_the_commit_is_healed_by_the_next_run(world, monkeypatch, local_objects):
     received(world.device)
     with monkeypatch.context() as patch:
-        patch.setattr(services, "_record", _crash)
+        patch.setattr(compaction, "_record", _crash)
         with pytest.raises(RuntimeError):
-            services.compact(model=world.digits)
+            compaction.compact(model=world.digits)
     orphans = [path for path in files_under(local_objects / "objects") if path.suffix == ".parquet"]
     assert len(orphans) == 1
     assert (states(), DatasetPart.objects.count()) == ({State.RECEIVED}, 0)
-    (part,) = services.compact(model=world.digits)
+    (part,) = compaction.compact(model=world.digits)
     assert local_objects / "objects" / part.path == orphans[0]  # the same work has the same name
     assert part.rows == 1
 
@@ -143,9 +143,9 @@ def test_a_crash_in_the_middle_of_the_commit_leaves_nothing_half(world, monkeypa
     with monkeypatch.context() as patch:
         patch.setattr(DatasetPart.objects, "create", second_fails)
         with pytest.raises(RuntimeError):
-            services.compact(model=world.digits)
+            compaction.compact(model=world.digits)
     assert (states(), DatasetPart.objects.count()) == ({State.RECEIVED}, 0)
-    assert len(services.compact(model=world.digits)) == 2
+    assert len(compaction.compact(model=world.digits)) == 2
 
 
 def _crash(*_args) -> None:
@@ -154,40 +154,40 @@ def _crash(*_args) -> None:
 
 def test_two_workers_do_not_compact_the_same_batch(world, monkeypatch):
     received(world.device)
-    first = services._claim(world.digits, set())
-    assert services._claim(world.digits, set()) == []
-    with services._lease(first):
+    first = compaction._claim(world.digits, set())
+    assert compaction._claim(world.digits, set()) == []
+    with compaction._lease(first):
         pass
-    assert len(services._claim(world.digits, set())) == 1
+    assert len(compaction._claim(world.digits, set())) == 1
 
 
 def test_a_worker_that_was_killed_gives_its_batches_back_when_the_lease_runs_out(world):
     received(world.device)
-    services._claim(world.digits, set())
-    assert services.compact(model=world.digits) == []
+    compaction._claim(world.digits, set())
+    assert compaction.compact(model=world.digits) == []
     Batch.objects.update(claimed_at=timezone.now() - selectors.LEASE - timedelta(seconds=1))
-    assert len(services.compact(model=world.digits)) == 1
+    assert len(compaction.compact(model=world.digits)) == 1
 
 
 def test_a_worker_that_lost_its_claim_records_nothing(world, monkeypatch):
     received(world.device)
-    record = services._record
+    record = compaction._record
 
     def late(batches, written):
         Batch.objects.update(claim="another")
         return record(batches, written)
 
-    monkeypatch.setattr(services, "_record", late)
+    monkeypatch.setattr(compaction, "_record", late)
     with pytest.raises(Conflict):
-        services.compact(model=world.digits)
+        compaction.compact(model=world.digits)
     assert (states(), DatasetPart.objects.count()) == ({State.RECEIVED}, 0)
 
 
 def test_memory_bounds_a_run_and_every_batch_is_taken_in_the_end(world, monkeypatch):
-    monkeypatch.setattr(services, "COMPACT_BYTES", 1)
+    monkeypatch.setattr(compaction, "COMPACT_BYTES", 1)
     for _ in range(3):
         received(world.device)
-    parts = services.compact(model=world.digits)
+    parts = compaction.compact(model=world.digits)
     assert [part.rows for part in parts] == [1, 1, 1]
     assert states() == {State.INGESTED}
 
@@ -195,13 +195,13 @@ def test_memory_bounds_a_run_and_every_batch_is_taken_in_the_end(world, monkeypa
 def test_batches_wait_for_company_but_not_for_ever(world, settings, monkeypatch):
     settings.COMPACT_SECONDS = 600
     received(world.device)
-    assert services.compact_due() == []
-    monkeypatch.setattr(services, "COMPACT_BYTES", 10)
-    assert len(services.compact_due()) == 1  # there is a full part's worth
+    assert compaction.compact_due() == []
+    monkeypatch.setattr(compaction, "COMPACT_BYTES", 10)
+    assert len(compaction.compact_due()) == 1  # there is a full part's worth
     received(world.device)
     monkeypatch.undo()
     Batch.objects.filter(state=State.RECEIVED).update(received_at=timezone.now() - timedelta(seconds=601))
-    assert len(services.compact_due()) == 1
+    assert len(compaction.compact_due()) == 1
 
 
 # --- what is bad is rejected alone -----------------------------------------------------------------------------------
@@ -219,7 +219,7 @@ def test_a_bad_batch_is_rejected_with_the_reason_soon_after_it_came(world):
 
 def test_a_bad_batch_costs_the_others_nothing(world):
     bad, good = bad_batch(world), received(world.device)
-    (part,) = services.compact(model=world.digits)
+    (part,) = compaction.compact(model=world.digits)
     assert list(part.batches.all()) == [good]
     bad.refresh_from_db()
     assert bad.state == State.REJECTED
@@ -231,7 +231,7 @@ def test_a_good_batch_stays_received_until_it_is_compacted(world):
         tasks.ingest.delay(batch.pk)
     batch.refresh_from_db()
     assert batch.state == State.RECEIVED
-    assert services.compact(model=world.digits)[0].rows == 1
+    assert compaction.compact(model=world.digits)[0].rows == 1
 
 
 def test_a_batch_that_was_overwritten_after_it_was_received_is_rejected(world):
@@ -239,7 +239,7 @@ def test_a_batch_that_was_overwritten_after_it_was_received_is_rejected(world):
     batch = received(world.device)
     forged = pack([sample(0), sample(1)], batch_id=batch.batch_id)
     storage.put(storage.batch_name(batch.sha256), io.BytesIO(forged))
-    services.compact(model=world.digits)
+    compaction.compact(model=world.digits)
     batch.refresh_from_db()
     assert (batch.state, batch.reason.split(":")[0]) == (State.REJECTED, "hash_mismatch")
 
@@ -247,21 +247,21 @@ def test_a_batch_that_was_overwritten_after_it_was_received_is_rejected(world):
 def test_a_batch_whose_bytes_are_gone_is_rejected(world):
     batch = received(world.device)
     storage.delete(storage.batch_name(batch.sha256))
-    services.compact(model=world.digits)
+    compaction.compact(model=world.digits)
     batch.refresh_from_db()
     assert (batch.state, batch.reason.split(":")[0]) == (State.REJECTED, "missing")
 
 
 def test_samples_of_a_release_that_never_was_are_rejected(world):
     batch = received(world.device, [sample(0, release="digits/6.6.6/default")])
-    services.compact(model=world.digits)
+    compaction.compact(model=world.digits)
     batch.refresh_from_db()
     assert (batch.state, batch.reason.split(":")[0]) == (State.REJECTED, "unknown_release")
 
 
 def test_a_batch_that_would_make_a_crowd_of_files_is_rejected(world):
     batch = received(world.device, [sample(n, at=NOON + n * 86_400) for n in range(401)])
-    services.compact(model=world.digits)
+    compaction.compact(model=world.digits)
     batch.refresh_from_db()
     assert (batch.state, batch.reason.split(":")[0]) == (State.REJECTED, "too_scattered")
 
@@ -277,25 +277,25 @@ def test_storage_that_is_away_rejects_nothing_and_holds_up_no_other_batch(world,
 
     with monkeypatch.context() as patch:
         patch.setattr(storage, "open_object", away)
-        (part,) = services.compact_due()
+        (part,) = compaction.compact_due()
     assert list(part.batches.all()) == [good]
     stuck.refresh_from_db()
     assert (stuck.state, stuck.claim) == (State.RECEIVED, "")
-    assert len(services.compact_due()) == 1
+    assert len(compaction.compact_due()) == 1
 
 
 def test_a_model_that_cannot_be_compacted_does_not_hold_up_the_next(world, monkeypatch):
     received(world.device)
     received(world.other, model="wine", samples=[sample(0, release="wine/1.0.0/default")])
-    compact = services.compact
+    compact = compaction.compact
 
     def digits_fail(*, model):
         if model == world.digits:
             raise OSError("disk full")
         return compact(model=model)
 
-    monkeypatch.setattr(services, "compact", digits_fail)
-    assert [part.model for part in services.compact_due()] == [world.wine]
+    monkeypatch.setattr(compaction, "compact", digits_fail)
+    assert [part.model for part in compaction.compact_due()] == [world.wine]
 
 
 # --- housekeeping ----------------------------------------------------------------------------------------------------
@@ -337,9 +337,9 @@ def age(batch: Batch, days: int) -> None:
 def test_retention_deletes_old_bytes_that_are_in_a_data_set_and_keeps_the_rest(world, settings):
     settings.BATCH_RETENTION_DAYS = 30
     young, old = received(world.device), received(world.device)
-    services.compact(model=world.digits)
+    compaction.compact(model=world.digits)
     waiting, bad = received(world.device), bad_batch(world)
-    services.ingest(pk=bad.pk)
+    compaction.ingest(pk=bad.pk)
     for batch in (old, waiting, bad):
         age(batch, 31)
     tasks.retention.delay()
@@ -351,7 +351,7 @@ def test_retention_deletes_old_bytes_that_are_in_a_data_set_and_keeps_the_rest(w
 
 def test_retention_keeps_bytes_whose_part_was_deleted(world):
     batch = received(world.device)
-    services.compact(model=world.digits)
+    compaction.compact(model=world.digits)
     DatasetPart.objects.all().delete()
     age(batch, 1000)
     assert services.retire() == 0

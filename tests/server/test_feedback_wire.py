@@ -16,7 +16,7 @@ from django.test import Client
 from device_sdk.protocol.assignment import Sampling
 from device_sdk.protocol.names import ReleasePath
 from device_sdk.spool import Sealed, Spool
-from fleet.feedback import exports, selectors, services
+from fleet.feedback import compaction, exports, selectors, services
 from fleet.feedback.models import Batch
 from fleet.releases import storage
 from tests.server.batch_world import URL, World, bearer, bring, head, pack, received, sample
@@ -50,7 +50,7 @@ def sealed(tmp_path) -> list[Sealed]:
 def test_what_the_sdk_spools_becomes_rows_unchanged(world, sealed):
     for batch in sealed:
         bring(world.device, batch.path.read_bytes(), batch.head)
-    (part,) = services.compact(model=world.digits)
+    (part,) = compaction.compact(model=world.digits)
     with storage.open_object(part.path) as file:
         rows = pq.read_table(io.BytesIO(file.read())).to_pylist()
     assert {row["output.label"][0] for row in rows} == set(range(20))
@@ -102,7 +102,7 @@ def test_a_device_uploads_straight_to_s3_and_the_server_hashes_what_lies_there(o
     assert complete(on_s3, batch_id).json()["code"] == "not_uploaded"
     assert requests.put(upload["url"], data, headers=upload["headers"], timeout=10).status_code == 200
     assert complete(on_s3, batch_id).json() == {"state": "received"}
-    (part,) = services.compact(model=on_s3.digits)
+    (part,) = compaction.compact(model=on_s3.digits)
     assert part.rows == 1
     assert services.retire() == 0
 
@@ -132,7 +132,7 @@ def test_a_presigned_address_takes_only_the_announced_length(on_s3, change):
 def test_a_data_set_on_s3_is_exported(on_s3, tmp_path):
     for _ in range(2):
         received(on_s3.device)
-    services.compact_due()
+    compaction.compact_due()
     summary = exports.export(selectors.dataset_parts(model="digits"), tmp_path / "out", on_progress=lambda _: None)
     assert (summary.files, summary.rows) == (1, 2)
     assert pq.read_table(tmp_path / "out").num_rows == 2
@@ -140,7 +140,7 @@ def test_a_data_set_on_s3_is_exported(on_s3, tmp_path):
 
 def test_raw_batches_on_s3_are_retired(on_s3, settings):
     batch = received(on_s3.device)
-    services.compact_due()
+    compaction.compact_due()
     settings.BATCH_RETENTION_DAYS = -1
     assert services.retire() == 1
     assert not storage.exists(storage.batch_name(batch.sha256))
@@ -151,7 +151,7 @@ def test_raw_batches_on_s3_are_retired(on_s3, settings):
 def test_an_object_that_is_missing_on_s3_rejects_its_batch_alone(on_s3):
     gone, good = received(on_s3.device), received(on_s3.other)
     storage.delete(storage.batch_name(gone.sha256))
-    (part,) = services.compact_due()
+    (part,) = compaction.compact_due()
     assert list(part.batches.all()) == [good]
     gone.refresh_from_db()
     assert gone.reason.startswith("missing:")

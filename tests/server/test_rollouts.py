@@ -170,7 +170,7 @@ def test_the_table_is_that_of_the_design() -> None:
     assert not [key for key in table if key[0] == State.CANCELLED]
     assert {state for state, action in table if action == services.RESUME} == {State.PAUSED, State.HALTED}
     assert {state for state, action in table if action == services.HALT} == {State.RUNNING}
-    assert {state for state, action in table if action == services.START} == {State.DRAFT}
+    assert {state for state, action in table if action == services.START} == {State.DRAFT, State.SCHEDULED}
 
 
 def test_a_person_is_named_in_the_history() -> None:
@@ -183,15 +183,15 @@ def test_a_person_is_named_in_the_history() -> None:
 
 def test_of_two_people_who_act_at_once_one_is_told_to_look_again(monkeypatch: pytest.MonkeyPatch) -> None:
     rollout = running(release())
-    fetch = services._fetch
+    fetch = services.fetch
 
     def fetch_then_rival(target: Any) -> Rollout:
         row = fetch(target)
-        monkeypatch.setattr(services, "_fetch", fetch)
+        monkeypatch.setattr(services, "fetch", fetch)
         services.pause(rollout=rollout.pk, actor="rival")
         return row
 
-    monkeypatch.setattr(services, "_fetch", fetch_then_rival)
+    monkeypatch.setattr(services, "fetch", fetch_then_rival)
     with pytest.raises(Conflict) as caught:
         services.cancel(rollout=rollout, actor="ann")
     assert caught.value.code == "wrong_state"
@@ -603,14 +603,17 @@ def test_a_row_that_cannot_be_read_admits_nobody_and_hurts_no_other() -> None:
     assert wanted(entry) == "1.0.0"
 
 
-def test_a_small_cohort_gets_the_reports_that_it_needs_where_the_group_has_them() -> None:
-    """A tenth of eight devices is often nobody, and such a stage would wait for ever."""
+def test_each_stage_gets_the_reports_that_it_needs_where_the_group_has_them() -> None:
+    """A tenth of eight devices is often nobody, half of them now and then one: such stages would wait for ever."""
     devices(8)
-    stages = [StagePlan(10, min_reports=1), StagePlan(100)]
+    stages = [StagePlan(10, min_reports=1), StagePlan(50, min_reports=4), StagePlan(100)]
     for number in range(5):
         rollout = running(release(f"1.{number}.0"), stages=stages)
-        assert len(admitted(rollout)) >= 1
-        services.cancel(rollout=rollout, actor="ann")
+        for index, enough in ((0, 1), (1, 4), (2, 8)):
+            Rollout.objects.filter(pk=rollout.pk).update(stage_index=index)
+            snapshots.bump()
+            assert len(admitted(fresh(rollout))) >= enough
+        services.cancel(rollout=fresh(rollout), actor="ann")
 
 
 def test_devices_that_run_the_release_already_count_from_the_start_but_not_those_in_a_trial() -> None:

@@ -7,7 +7,7 @@ from django.db import migrations, models
 class Migration(migrations.Migration):
 
     dependencies = [
-        ('devices', '0002_device_refusal'),
+        ('devices', '0004_changes'),
     ]
 
     operations = [

@@ -4,7 +4,8 @@ The policy plans for each crowd; what it decides by device (where it failed, wha
 the same steps on columns. Devices with pins are few: the policy decides each of them itself. A test compares the two.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
@@ -22,6 +23,15 @@ _cohorts = Cohorts()
 FOR_EVER = float("inf")
 
 
+@dataclass(frozen=True, slots=True)
+class Part:
+    """Some devices to which the policy says the same of a model. `traits`: of one crowd of them."""
+
+    traits: policy.Traits
+    plan: policy.ModelPlan
+    places: Numbers
+
+
 class Admission:
     """One look at the fleet under one snapshot. Places are those of the roster."""
 
@@ -31,43 +41,64 @@ class Admission:
 
     def assigned(self, rollout: int, model: str) -> Numbers:
         """Places of the devices that should run the release because of this rollout."""
-        found = [self._assigned_in(places, plan, rollout) for plan, places in self.plans(model)]
+        found = [self._assigned_in(part, rollout) for part in self.parts(model)]
         found.append(self._pinned_to(rollout, model))
         return np.concatenate(found)
 
-    def plans(self, model: str) -> Iterator[tuple[policy.ModelPlan, Numbers]]:
+    def parts(self, model: str) -> Iterator[Part]:
         """What the policy says of a model, to whom: crowds with the same options together, pins left out."""
-        same: dict[tuple[object, ...], tuple[policy.ModelPlan, list[Numbers]]] = {}
+        same: dict[tuple[object, ...], tuple[Crowd, policy.ModelPlan, list[Numbers]]] = {}
         for crowd in self.roster.crowds:
             for plan in self._plan(crowd).models:
                 if plan.model == model:
-                    options = tuple((each.rollout.id, str(each.assignment.release)) for each in plan.options)
-                    same.setdefault(options, (plan, []))[1].append(crowd.places)
-        for plan, crowds in same.values():
+                    same.setdefault(_kind(plan, crowd), (crowd, plan, []))[2].append(crowd.places)
+        for crowd, plan, crowds in same.values():
             places = np.concatenate(crowds)
-            yield plan, places[~self.pinned[places]]
+            yield Part(crowd.traits, plan, places[~self.pinned[places]])
 
-    def lets_in(self, rule: policy.RolloutRules, places: Numbers) -> Flags:
-        """`policy.admits`, of devices for which the rule is meant."""
+    def lets_in(self, option: policy.Option, labels: Mapping[str, str], places: Numbers) -> Flags:
+        """`policy.decide`'s question to one option, of devices with these labels."""
+        rule = option.rollout
+        inside = ~self.failed_in(rule.id, places)
+        if option.targeted is None:
+            inside &= self.by_name(places, lambda name: policy.targets(rule, labels, name))
+        return inside & self.has_reached(rule, option.ahead, labels, places)
+
+    def has_reached(
+        self, rule: policy.RolloutRules, ahead: bool | None, labels: Mapping[str, str], places: Numbers
+    ) -> Flags:
+        """Whether its state, rings and percentage let devices in for which it is meant. `ahead` as in an option."""
         if rule.state == policy.PAUSED:
-            inside = self.runs_release(rule.release, places)
-        elif rule.state == policy.COMPLETED:
-            inside = np.ones(len(places), dtype=np.bool_)
-        else:
-            inside = self._in_cohort(rule, places)
-        return inside & ~self.failed_in(rule.id, places)
+            return self.runs_release(rule.release, places)
+        if rule.state == policy.COMPLETED or ahead:
+            return np.ones(len(places), dtype=np.bool_)
+        inside = self._in_cohort(rule, places)
+        if ahead is None:
+            inside |= self.by_name(places, lambda name: any(ring.matches(labels, name) for ring in rule.rings))
+        return inside
+
+    def by_name(self, places: Numbers, test: Callable[[str], bool]) -> Flags:
+        """For what hangs on a device's name: it is read, which takes a query for each such group."""
+        ids = self.roster.ids[places]
+        if not len(ids):
+            return np.zeros(0, dtype=np.bool_)
+        small = len(self.roster.ids) < KEPT_FROM
+        found = self._names if small else dict(names(np.sort(ids)))
+        return np.fromiter((pk in found and test(found[pk]) for pk in ids.tolist()), dtype=np.bool_, count=len(ids))
 
     def _in_cohort(self, rule: policy.RolloutRules, places: Numbers) -> Flags:
         ids = self.roster.ids[places]
         if len(self.roster.ids) >= KEPT_FROM:
             return _cohorts.inside(rule.salt, rule.percent, ids, until=self.until)
-        found = (policy.in_cohort(rule.salt, self._names[pk], rule.percent) for pk in ids.tolist())
-        return np.fromiter(found, dtype=np.bool_, count=len(ids))
+        return self.by_name(places, lambda name: policy.in_cohort(rule.salt, name, rule.percent))
 
     def runs_release(self, release: policy.ReleaseRef, places: Numbers) -> Flags:
-        start = f"{release.version}/"
-        fits = [pk for pk, runs in self._sets.items() if runs.get(release.model, "").startswith(start)]
+        fits = [pk for pk in self.sets if self.running(pk, release.model) == release.version]
         return np.isin(self.roster.runs[places], fits)
+
+    def running(self, runs: int, model: str) -> str:
+        """The version that devices of this running set run."""
+        return self.sets.get(runs, {}).get(model, "").partition("/")[0]
 
     def failed_in(self, rollout: int, places: Numbers) -> Flags:
         return np.isin(self.roster.ids[places], self._failed.get(rollout, ()))
@@ -92,10 +123,12 @@ class Admission:
         places = np.flatnonzero(self.pinned)
         return dict(zip(self.roster.ids[places].tolist(), places.tolist(), strict=True))
 
-    def _assigned_in(self, places: Numbers, plan: policy.ModelPlan, rollout: int) -> Numbers:
+    def _assigned_in(self, part: Part, rollout: int) -> Numbers:
         """Newest first: whom one lets in, no later one gets."""
-        for option in plan.options if any(option.rollout.id == rollout for option in plan.options) else ():
-            inside = self.lets_in(option.rollout, places)
+        places, labels = part.places, dict(part.traits.labels)
+        options = part.plan.options
+        for option in options if any(option.rollout.id == rollout for option in options) else ():
+            inside = self.lets_in(option, labels, places)
             if option.rollout.id == rollout:
                 return places[inside] if option.assignment.rollout else places[:0]
             places = places[~inside]
@@ -125,15 +158,25 @@ class Admission:
         return dict(names(np.sort(self.roster.ids)))
 
     @cached_property
-    def _sets(self) -> dict[int, dict[str, str]]:
+    def sets(self) -> dict[int, dict[str, str]]:
         return dict(RunningSet.objects.values_list("pk", "runs"))
 
     @cached_property
     def _failed(self) -> dict[int, Numbers]:
-        """Devices by the rollout in force in which they failed."""
+        """Devices by the rollout in force in which they failed, also where that is to be tried again."""
         rows = Outcome.objects.filter(state=Outcome.State.FAILED, rollout__state__in=policy.IN_FORCE)
         rollouts, devices = columns(rows, "rollout_id", "device_id")
         return {int(pk): devices[rollouts == pk] for pk in np.unique(rollouts)}
+
+
+def _kind(plan: policy.ModelPlan, crowd: Crowd) -> tuple[object, ...]:
+    """Equal for crowds that the policy treats alike; labels matter where they are looked at together with names."""
+    named = any(option.targeted is None or option.ahead is None for option in plan.options)
+    told = [
+        (each.rollout.id, each.targeted, each.ahead, *(str(step.release) for step in each.assignments))
+        for each in plan.options
+    ]
+    return (*told, crowd.traits.labels if named else ())
 
 
 def _with_pins() -> QuerySet[Device]:

@@ -4,7 +4,7 @@ A million devices are four arrays of 8 MB for as long as somebody counts. What i
 """
 
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from datetime import datetime
 from itertools import islice
@@ -16,9 +16,8 @@ from django.db.models.expressions import RawSQL
 
 from fleet.devices.bulk import Numbers, columns
 from fleet.devices.models import Device
-from fleet.devices.selectors import matches
 from fleet.rollouts import policy
-from fleet.rollouts.selectors import TRAIT_FIELDS, traits_of
+from fleet.rollouts.selectors import TRAITS, traits_of
 
 NEVER = 0  # as `seen`
 AT_ONCE = 1_000  # devices that are looked at as rows
@@ -42,15 +41,6 @@ class Roster:
     runs: Numbers
     crowds: tuple[Crowd, ...]
 
-    def members(self, selector: Mapping[str, Sequence[str]], model: str) -> Numbers:
-        """Places of those whose labels a group chooses, and that have the model."""
-        found = [
-            crowd.places
-            for crowd in self.crowds
-            if model in crowd.traits.models and matches(selector, dict(crowd.traits.labels))
-        ]
-        return np.concatenate([np.zeros(0, dtype=np.int64), *found])
-
     @property
     def size(self) -> int:
         """Above every id."""
@@ -72,7 +62,7 @@ def _active() -> QuerySet[Device]:
 
 def _iterated() -> Roster:
     rows, places = [], defaultdict[policy.Traits, list[int]](list)
-    for place, device in enumerate(_active().only("last_seen", "runs_id", *TRAIT_FIELDS).iterator(chunk_size=AT_ONCE)):
+    for place, device in enumerate(_active().only("last_seen", "runs_id", *TRAITS).iterator(chunk_size=AT_ONCE)):
         seen = micros(device.last_seen) if device.last_seen else NEVER
         rows.append((device.pk, seen, device.runs_id or 0))
         places[traits_of(device)].append(place)
@@ -82,7 +72,7 @@ def _iterated() -> Roster:
 
 # --- on PostgreSQL -----------------------------------------------------------------------------------------------
 # A crowd's number is the database's own hash of what traits are made of: 64 bits, within one statement.
-_CODE = f"hash_record_extended(ROW({', '.join(f'devices_device.{name}' for name in TRAIT_FIELDS)}), 0)"
+_CODE = f"hash_record_extended(ROW({', '.join(f'devices_device.{name}' for name in TRAITS)}), 0)"
 _SEEN = "coalesce(extract(epoch from devices_device.last_seen) * 1000000, 0)::bigint"
 _RUNS = "coalesce(devices_device.runs_id, 0)"
 
@@ -119,5 +109,5 @@ def _traits(members: Mapping[int, Numbers]) -> dict[int, policy.Traits]:
 
 def _traits_now(ids: Iterator[int]) -> Iterator[tuple[int, policy.Traits]]:
     while some := list(islice(ids, AT_ONCE)):
-        for device in _active().filter(pk__in=some).only(*TRAIT_FIELDS).annotate(code=_raw(_CODE)):
+        for device in _active().filter(pk__in=some).only(*TRAITS).annotate(code=_raw(_CODE)):
             yield device.code, traits_of(device)

@@ -11,6 +11,7 @@ from device_sdk.protocol import events
 from fleet.devices.bulk import Numbers, columns
 from fleet.devices.models import Device, ModelStatus
 from fleet.rollouts import policy
+from fleet.rollouts.counting import groups
 from fleet.rollouts.counting import roster as rosters
 from fleet.rollouts.models import Outcome, Rollout
 from fleet.rollouts.selectors import sets_with
@@ -30,24 +31,25 @@ class Members:
 
 def members(rollout: Rollout) -> Members:
     roster = rosters.load()
-    selector = rollout.group.selector if rollout.group else {}
-    places = roster.members(selector, rollout.release.model.name)
+    places = groups.places_of(rollout, roster)
     return Members(roster.ids[places], roster.runs[places])
 
 
 def fair_salt(rollout: Rollout, who: Members) -> str:
-    """A salt by which the first stage gets the reports that it asks for, where the group is large enough for that.
+    """A salt by which every stage gets the reports that it asks for, where the group is large enough for that.
 
-    Ten percent of eight devices is often nobody: such a stage would wait for ever.
+    Ten percent of eight devices is often nobody, and half of them now and then one: such a stage would wait for ever.
     """
     if len(who.ids) >= SMALL:
         return rollout.salt
-    first = rollout.stages.get(index=0)
     names = list(Device.objects.filter(pk__in=who.ids.tolist(), pins={}).values_list("name", flat=True))
-    enough = min(first.min_reports, len(names))
+    asked = [(stage.percent, min(stage.min_reports, len(names))) for stage in rollout.stages.filter(ring=None)]
     salts = [rollout.salt, *(token_hex(16) for _ in range(SALTS_TRIED))]
-    good = (salt for salt in salts if sum(policy.in_cohort(salt, name, first.percent) for name in names) >= enough)
-    return next(good, rollout.salt)
+
+    def is_fair(salt: str) -> bool:
+        return all(sum(policy.in_cohort(salt, name, percent) for name in names) >= enough for percent, enough in asked)
+
+    return next(filter(is_fair, salts), rollout.salt)
 
 
 def credit_those_who_run_it(rollout: Rollout, who: Members) -> None:

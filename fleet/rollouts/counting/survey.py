@@ -16,12 +16,13 @@ from device_sdk.protocol import events
 from fleet.devices.bulk import Flags, Numbers, columns
 from fleet.devices.models import Device, ModelStatus
 from fleet.devices.selectors import offline_before, refusing
-from fleet.rollouts import policy, selectors, snapshots
+from fleet.rollouts import explaining, policy, selectors, snapshots
 from fleet.rollouts.counting import roster as rosters
 from fleet.rollouts.counting.admission import FOR_EVER, Admission
 from fleet.rollouts.counting.tallies import progress_of
 from fleet.rollouts.models import Rollout
 from fleet.rollouts.selectors import Laggard, Progress
+from fleet.rollouts.variants import Way, place_on, way_to
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,8 +103,8 @@ def behind(admission: Admission, model: str | None = None) -> Iterator[Behind]:
     models = {name for crowd in admission.roster.crowds for name in crowd.traits.models}
     look = _Look(admission)
     for name in sorted(models if model is None else models & {model}):
-        for plan, places in admission.plans(name):
-            yield from look.behind(plan, places)
+        for traits, places in look.alike(name):
+            yield from look.behind(name, traits, places)
     yield from _with_pins(admission, model)
 
 
@@ -121,28 +122,67 @@ class _Look:
         self._horizon = rosters.micros(offline_before())
         self._said: dict[str, tuple[Numbers, Numbers]] = {}
 
-    def behind(self, plan: policy.ModelPlan, places: Numbers) -> Iterator[Behind]:
-        """Of one crowd. What holds first takes the device away from what comes later."""
-        if not plan.options:
-            return
-        places = places[~self._admission.runs_release(plan.options[0].rollout.release, places)]
-        for why, test in self._tests(plan.options[0]):
+    def alike(self, model: str) -> Iterator[tuple[policy.Traits, Numbers]]:
+        """Crowds to which every rule of a model says the same, together, devices with pins left out."""
+        same: dict[tuple[object, ...], tuple[policy.Traits, list[Numbers]]] = {}
+        rules = self._admission.snapshot.rollouts.get(model, ())
+        for crowd in self._admission.roster.crowds:
+            if model in crowd.traits.models:
+                kind = tuple(_said_to(rule, crowd.traits) for rule in rules)
+                same.setdefault(kind, (crowd.traits, []))[1].append(crowd.places)
+        for traits, crowds in same.values():
+            places = np.concatenate(crowds)
+            yield traits, places[~self._admission.pinned[places]]
+
+    def behind(self, model: str, traits: policy.Traits, places: Numbers) -> Iterator[Behind]:
+        """Behind the newest rollout that is meant for a device; for those of a crowd that may be several, by name."""
+        labels = dict(traits.labels)
+        for rule in self._admission.snapshot.rollouts.get(model, ()):
+            meant = self._meant(rule, labels, places)
+            yield from self._behind(rule, traits, places[meant])
+            places = places[~meant]
+
+    def _meant(self, rule: policy.RolloutRules, labels: Mapping[str, str], places: Numbers) -> Flags:
+        inside, outside = rule.selector.by_labels(labels), [each.by_labels(labels) for each in rule.excludes]
+        if inside is False or True in outside:
+            return np.zeros(len(places), dtype=np.bool_)
+        if inside and None not in outside:
+            return np.ones(len(places), dtype=np.bool_)
+        return self._admission.by_name(places, lambda name: policy.targets(rule, labels, name))
+
+    def _behind(self, rule: policy.RolloutRules, traits: policy.Traits, places: Numbers) -> Iterator[Behind]:
+        """What holds first takes the device away from what comes later."""
+        places = places[~self._admission.runs_release(rule.release, places)]
+        for why, test in self._tests(rule, traits) if len(places) else ():
             holds = test(places)
             if holds.any():
-                yield Behind(plan.model, why, places[holds])
+                yield Behind(rule.release.model, why, places[holds])
             places = places[~holds]
 
-    def _tests(self, option: policy.Option) -> Iterator[tuple[str, Test]]:
-        rule, admission = option.rollout, self._admission
-        excluded = selectors.PAUSED if rule.state == policy.PAUSED else selectors.NOT_ADMITTED
-        waiting, said = self._statuses(rule.release.model, str(option.assignment.release or ""))
+    def _tests(self, rule: policy.RolloutRules, traits: policy.Traits) -> Iterator[tuple[str, Test]]:
+        admission, labels, way = self._admission, dict(traits.labels), way_to(rule.release, traits)
+        ahead = policy.any_of([ring.by_labels(labels) for ring in rule.rings])
+        lacks = bool(rule.release.variants and way.lacks)
         yield selectors.FAILED_THERE, lambda places: admission.failed_in(rule.id, places)
-        yield excluded, lambda places: ~admission.lets_in(rule, places)
+        yield selectors.LACKS, lambda places: np.full(len(places), lacks)
+        excluded = explaining.NOT_RUNNING if rule.state == policy.PAUSED else explaining.NOT_REACHED
+        yield excluded, lambda places: ~admission.has_reached(rule, ahead, labels, places)
         yield selectors.REFUSES, self._among(self._refusing)
         yield selectors.OFFLINE, lambda places: ~admission.seen_since(self._horizon, places)
-        yield selectors.WAITING, self._among(waiting)
-        yield selectors.UPDATING_NOW, self._among(said)
+        yield selectors.WAITING, lambda places: self._said_of(rule, way, places, waits=True)
+        yield selectors.UPDATING_NOW, lambda places: self._said_of(rule, way, places, waits=False)
         yield selectors.UNSEEN, lambda places: np.ones(len(places), dtype=np.bool_)
+
+    def _said_of(self, rule: policy.RolloutRules, way: Way, places: Numbers, *, waits: bool) -> Flags:
+        """Whose last word is of the very release that it is given now: by what it runs, one to step through."""
+        found = np.zeros(len(places), dtype=np.bool_)
+        runs, model = self._admission.roster.runs[places], rule.release.model
+        for each in np.unique(runs).tolist() if way.steps else ():
+            step = way.steps[place_on(way, self._admission.running(each, model))]
+            waiting, said = self._statuses(model, str(step.path))
+            mine = runs == each
+            found[mine] = np.isin(self._admission.roster.ids[places[mine]], waiting if waits else said)
+        return found
 
     def _among(self, ids: Numbers) -> Test:
         return lambda places: np.isin(self._admission.roster.ids[places], ids)
@@ -158,6 +198,14 @@ class _Look:
     @cached_property
     def _refusing(self) -> Numbers:
         return columns(refusing(), "pk")[0]
+
+
+def _said_to(rule: policy.RolloutRules, traits: policy.Traits) -> tuple[object, ...]:
+    """All that a rule's answer to devices of these traits hangs on; their labels, where names come in."""
+    labels = dict(traits.labels)
+    told = [each.by_labels(labels) for each in (rule.selector, *rule.excludes, *rule.rings)]
+    way = way_to(rule.release, traits)
+    return (*told, *(str(step.path) for step in way.steps), traits.labels if None in told else ())
 
 
 _WAITS = Case(When(state=events.WAITING, then=Value(1)), default=Value(0), output_field=IntegerField())

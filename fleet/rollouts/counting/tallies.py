@@ -19,6 +19,7 @@ from django.db.models import Case, Count, IntegerField, Value, When
 from fleet.devices import selectors as devices
 from fleet.devices.bulk import columns, flags
 from fleet.rollouts import policy, snapshots
+from fleet.rollouts.counting import groups
 from fleet.rollouts.counting import roster as rosters
 from fleet.rollouts.counting.admission import Admission
 from fleet.rollouts.counting.cohorts import OverBudgetError
@@ -43,6 +44,12 @@ def outcome_counts(rollouts: Sequence[int]) -> dict[int, Counts]:
     return found
 
 
+def to_be_retried(rollouts: Sequence[int]) -> dict[int, int]:
+    """Failures that are not final, by rollout, see `attempts`. One query, of an index of these alone."""
+    rows = Outcome.objects.filter(rollout__in=rollouts, state=FAILED, retry_at__isnull=False).order_by()
+    return dict(rows.values_list("rollout_id").annotate(number=Count("*")))
+
+
 # --- the engine --------------------------------------------------------------------------------------------------
 
 
@@ -62,7 +69,8 @@ class Tallies:
     _kept: ClassVar[dict[int, _Kept]] = {}  # of this process, over its ticks; by rollout
 
     def __init__(self, rollouts: Sequence[Rollout]) -> None:
-        self._counts = outcome_counts([rollout.pk for rollout in rollouts])
+        running = [rollout.pk for rollout in rollouts]
+        self._counts, self._pending = outcome_counts(running), to_be_retried(running)
         self._spent = self._loading = 0.0  # seconds
 
     @classmethod
@@ -85,7 +93,8 @@ class Tallies:
 
     def quick(self, rollout: Rollout) -> policy.Tally:
         counts = self._counts[rollout.pk]
-        return policy.Tally(committed=counts[COMMITTED], failed=max(counts[FAILED] - rollout.forgiven, 0))
+        final = counts[FAILED] - self._pending.get(rollout.pk, 0) - rollout.forgiven
+        return policy.Tally(committed=counts[COMMITTED], failed=max(final, 0))
 
     def _counted(self, rollout: Rollout) -> policy.Tally:
         admission = self._admission  # loaded outside of the budget: once a tick, and nothing is counted without
@@ -117,7 +126,8 @@ def counted(rollout: Rollout, admission: Admission) -> policy.Tally:
     """What is known of the stage in force, with the admitted devices.
 
     Who has not decided yet is waited for, unless it never said a word and is offline since before the stage began:
-    it cannot know. Who went silent later is waited for: the release may be why.
+    it cannot know. Who went silent later is waited for, until it times out: the release may be why. A failure that is
+    to be tried again is not decided either.
     """
     places = admission.assigned(rollout.pk, rollout.release.model.name)
     ids, decided = columns(Outcome.objects.filter(rollout=rollout).annotate(decided=_DECIDED), "device_id", "decided")
@@ -128,12 +138,14 @@ def counted(rollout: Rollout, admission: Admission) -> policy.Tally:
     undecided = int(np.count_nonzero(knows & ~flags(ids[decided > 0], size)[mine]))
     committed = int(np.count_nonzero(decided == _AS_COMMITTED))
     failed = max(int(np.count_nonzero(decided == _AS_FAILED)) - rollout.forgiven, 0)
-    return policy.Tally(committed=committed, failed=failed, admitted=committed + failed + undecided)
+    pending = int(np.count_nonzero(decided == _TO_BE_RETRIED))
+    return policy.Tally(committed=committed, failed=failed, admitted=committed + failed + undecided + pending)
 
 
-_AS_COMMITTED, _AS_FAILED = 1, 2
+_AS_COMMITTED, _AS_FAILED, _TO_BE_RETRIED = 1, 2, 3
 _DECIDED = Case(
     When(state=COMMITTED, then=Value(_AS_COMMITTED)),
+    When(state=FAILED, retry_at__isnull=False, then=Value(_TO_BE_RETRIED)),
     When(state=FAILED, then=Value(_AS_FAILED)),
     default=Value(0),
     output_field=IntegerField(),
@@ -162,15 +174,10 @@ def _progress(rollout: Rollout, counts: Counts, admission: Admission) -> Progres
     assigned = admission.roster.ids[admission.assigned(rollout.pk, rollout.release.model.name)]
     unheard = np.count_nonzero(~flags(said, admission.roster.size)[assigned])
     return Progress(
-        total=_total(rollout, admission),
+        total=len(groups.places_of(rollout, admission.roster)),
         admitted=len(said) + int(unheard),
         updating=counts[UPDATING],
         committed=counts[COMMITTED],
         failed=counts[FAILED],
         withdrawn=counts[WITHDRAWN],
     )
-
-
-def _total(rollout: Rollout, admission: Admission) -> int:
-    selector = rollout.group.selector if rollout.group else {}
-    return len(admission.roster.members(selector, rollout.release.model.name))

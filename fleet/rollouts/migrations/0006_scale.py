@@ -7,7 +7,7 @@ class Migration(migrations.Migration):
 
     dependencies = [
         ('devices', '0005_scale'),
-        ('rollouts', '0002_rollout_conditions'),
+        ('rollouts', '0005_people'),
     ]
 
     operations = [

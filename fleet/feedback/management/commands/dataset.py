@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from fleet.feedback import datasets, exports, selectors, services
+from fleet.feedback import compaction, datasets, exports, selectors
 from fleet.releases.models import Model
 
 
@@ -55,7 +55,7 @@ class Command(BaseCommand):
         self.console.print(f"{summary.rows} samples in {summary.files} files{there}, {size}, under {out}")
 
     def _compact(self, **_: Any) -> None:
-        parts = [part for model in Model.objects.order_by("name") for part in services.compact(model=model)]
+        parts = [part for model in Model.objects.order_by("name") for part in compaction.compact(model=model)]
         self.console.print(f"{sum(part.rows for part in parts)} samples in {len(parts)} new parts")
 
     def _progress(self) -> Progress:
