@@ -15,8 +15,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from device_sdk.client import Fleet
-    from device_sdk.enrolment import enrol
+    from device_sdk.client import Fleet, Options, Status, enrol
     from device_sdk.errors import (
         DeviceError,
         HeldError,
@@ -31,15 +30,14 @@ if TYPE_CHECKING:
         UnauthorizedError,
         UntrustedError,
     )
-    from device_sdk.model import Model
-    from device_sdk.options import Options, Status
+    from device_sdk.runtime import Model
 
 _HOMES = {
     "Fleet": "client",
-    "Options": "options",
-    "Status": "options",
-    "enrol": "enrolment",
-    "Model": "model",
+    "Options": "client",
+    "Status": "client",
+    "enrol": "client",
+    "Model": "runtime",
     "DeviceError": "errors",
     "HeldError": "errors",
     "InputError": "errors",

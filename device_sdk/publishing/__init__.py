@@ -1,1 +1,0 @@
-"""What `fleet-publish` is made of: see `device_sdk.publish`."""

@@ -1,1 +1,0 @@
-"""Telling people and programs outside what happened: who wants to know, what was said, and whether it arrived."""
