@@ -10,7 +10,7 @@ import os
 import subprocess
 import sys
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
@@ -23,13 +23,16 @@ class CommandFailed(RuntimeError):
 
 
 class Manager:
-    """Runs commands in the environment `env`. Started by the first of them."""
+    """Runs commands in the environment `env`. Started by the first of them, and anew when a test changed `env`."""
 
-    def __init__(self, env: Mapping[str, str]) -> None:
-        self.env = dict(env)
+    def __init__(self, env: dict[str, str]) -> None:
+        self.env = env
+        self._started_in: dict[str, str] = {}
         self._process: subprocess.Popen[str] | None = None
 
     def __call__(self, *arguments: str, stdin: str | None = None) -> str:
+        if self._started_in != self.env:
+            self.close()
         process = self._process or self._start()
         assert process.stdin is not None
         assert process.stdout is not None
@@ -50,6 +53,7 @@ class Manager:
             process.communicate(timeout=30)
 
     def _start(self) -> subprocess.Popen[str]:
+        self._started_in = dict(self.env)
         self._process = subprocess.Popen(
             [sys.executable, "-m", "tests.manager"], cwd=ROOT, env=self.env, text=True,
             stdin=subprocess.PIPE, stdout=subprocess.PIPE,
