@@ -14,7 +14,7 @@ WORKERS ?= 2
 PYTEST := $(BIN)/python -m pytest -n $(WORKERS)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint mutants conformance fuzz audit-deps bench serve screenshots lock clean
+.PHONY: help demo test lint mutants conformance fuzz audit-deps bench drill serve screenshots lock clean
 
 help: ## What can be made
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' Makefile
@@ -56,6 +56,9 @@ audit-deps: $(TEST) ## Are the locked packages free of known faults? Says so whe
 
 bench: $(DEMO) ## Measure what it costs beside baselines; writes deploy/bench/RESULTS.md
 	$(BIN)/python -m deploy.bench $(ARGS)
+
+drill: $(TEST) ## Kill, cut off, fill up and wear out devices in every way promised, and print what comes of it; ARGS="--only store"
+	@$(BIN)/python -m tests.survival $(ARGS)
 
 serve: $(DEMO) ## The server alone, on PORT (8000), with its data in var/
 	$(BIN)/python manage.py serve --port $(PORT)

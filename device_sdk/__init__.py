@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from device_sdk.client import Fleet, Options, Status, enrol
+    from device_sdk.client import Fleet
+    from device_sdk.enrolment import enrol
     from device_sdk.errors import (
         DeviceError,
         HeldError,
@@ -30,14 +31,15 @@ if TYPE_CHECKING:
         UnauthorizedError,
         UntrustedError,
     )
-    from device_sdk.runtime import Model
+    from device_sdk.model import Model
+    from device_sdk.options import Options, Status
 
 _HOMES = {
     "Fleet": "client",
-    "Options": "client",
-    "Status": "client",
-    "enrol": "client",
-    "Model": "runtime",
+    "Options": "options",
+    "Status": "options",
+    "enrol": "enrolment",
+    "Model": "model",
     "DeviceError": "errors",
     "HeldError": "errors",
     "InputError": "errors",

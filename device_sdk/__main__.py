@@ -16,8 +16,8 @@ from device_sdk.errors import DeviceError, InputError, NoModelError, SetupError,
 from device_sdk.protocol.errors import ProtocolError
 
 if TYPE_CHECKING:
-    from device_sdk.client import Status
-    from device_sdk.runtime import Model
+    from device_sdk.model import Model
+    from device_sdk.options import Status
 
 OK, USAGE, REFUSED, NETWORK = 0, 2, 3, 4
 
@@ -66,12 +66,15 @@ def _parser() -> argparse.ArgumentParser:
     each = add("run", _run, "run a model on an input, by its last good release")
     each.add_argument("model")
     each.add_argument("input", type=Path, help=".npy for a model of one input; .json for {name: nested lists}")
+    each = add("forgive", _forgive, "let a release be tried again that was rejected here")
+    each.add_argument("model")
+    each.add_argument("version")
     add("upload", _upload, "upload the samples that wait, now")
     return parser
 
 
 def _enrol(options: argparse.Namespace) -> int:
-    from device_sdk.client import enrol
+    from device_sdk.enrolment import enrol
 
     labels = dict(_label(text) for text in options.label)
     if options.provision is not None:
@@ -113,6 +116,18 @@ def _run(options: argparse.Namespace) -> int:
             raise NoModelError(f"no release of {options.model!r} is installed yet; run `fleet-device update`")
         outputs = model.run(_inputs(model, options.input) if model.release else {})  # of a stopped one, it says why
     _say(json.dumps({name: _plain(value) for name, value in outputs.items()}))
+    return OK
+
+
+def _forgive(options: argparse.Namespace) -> int:
+    from device_sdk.client import Fleet
+
+    with Fleet.open(options.home) as fleet:
+        count = fleet.forgive(options.model, options.version)
+    if not count:
+        print(f"fleet-device: {options.model} {options.version} was not rejected here", file=sys.stderr)  # noqa: T201
+        return USAGE
+    _say(f"{options.model} {options.version} may be tried again: {count} variant(s)")
     return OK
 
 
@@ -175,6 +190,8 @@ def _described(status: "Status") -> str:
         if model.state != "idle":
             target = f" {model.target}" if model.target != model.release else ""
             lines.append(f"{'':8} {model.state}{target}" + (f": {model.reason}" if model.reason else ""))
+        if model.missing_providers:
+            lines.append(f"{'':8} no {', '.join(model.missing_providers)}: it runs on {', '.join(model.providers)}")
     if sum(status.samples_waiting.values()):
         lines.append(f"samples  {sum(status.samples_waiting.values())} wait for upload")
     return "\n".join(lines)

@@ -116,6 +116,10 @@ class Home:
         return self.path / "traffic.json"
 
     @property
+    def ledger_file(self) -> Path:
+        return self.path / "ledger.json"
+
+    @property
     def peers(self) -> Path:
         return self.path / "peers"
 
@@ -178,3 +182,14 @@ def write_durably(path: Path, data: bytes, *, mode: int = 0o600) -> None:
         os.fsync(directory)
     finally:
         os.close(directory)
+
+
+class setup_errors:  # noqa: N801  used as a function
+    """What does not parse in the directory is a SetupError that says where."""
+
+    def __enter__(self) -> None:
+        return
+
+    def __exit__(self, _: object, error: BaseException | None, __: object) -> None:
+        if isinstance(error, ProtocolError):
+            raise SetupError(error.message, code=error.code) from error

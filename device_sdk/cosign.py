@@ -24,17 +24,10 @@ from device_sdk.errors import SetupError, TransferError, UntrustedError
 from device_sdk.protocol.errors import ProtocolError
 from device_sdk.protocol.manifest import Manifest, digest
 from device_sdk.protocol.names import ReleasePath
-from device_sdk.publish import (
-    OK,
-    PENDING,
-    Server,
-    known_keys,
-    say,
-    say_pending,
-    server_arguments,
-    signing_arguments,
-    trusted,
-)
+from device_sdk.publish import OK, PENDING, known_keys, say_pending, server_arguments, signing_arguments
+from device_sdk.publishing.console import say
+from device_sdk.publishing.roles import trusted
+from device_sdk.publishing.server import Server
 
 # What the server says when the proposal is not the one that was looked at, or not there any more.
 _GONE = frozenset({"stale_role", "no_pending_role", "pending_changed"})
@@ -114,8 +107,9 @@ def describe(model: str, review: Review, proposal: Mapping[str, Any]) -> Iterato
         target = role.targets[path]
         yield f"  let run  {where.model} {where.version}, variant {where.variant}"
         yield f"           manifest: {target.length:,} bytes, sha256 {target.hashes['sha256']}"
-        for file in manifest.files:
-            yield f"           file {file.name}: {file.length:,} bytes, sha256 {file.sha256}"
+        for file in manifest.fetched:
+            what = "acceptance bundle" if file == manifest.acceptance else "file"
+            yield f"           {what} {file.name}: {file.length:,} bytes, sha256 {file.sha256}"
         for name, value in sorted(manifest.metadata.items()):
             yield f"           {name}: {value}"
         found = proposal["releases"].get(where.version, {})
@@ -201,7 +195,7 @@ def _check_files(options: argparse.Namespace, review: Review) -> None:
     if not review.added:
         raise SetupError("--files: the proposal adds no release")
     for path, manifest in sorted(review.added.items()):
-        for file in manifest.files:
+        for file in manifest.fetched:
             if not any(_sha256(place) == file.sha256 for place in _places(options.files, path, file.name)):
                 message = f"{path}: no {file.name} with sha256 {file.sha256} in {options.files}"
                 raise UntrustedError(message, code="other_files")

@@ -3,6 +3,7 @@
 Nothing here trusts the network: a partial file is only ever a guess, until `Store.admit` has hashed all of it.
 """
 
+import logging
 import re
 import time
 from collections.abc import Callable
@@ -17,6 +18,8 @@ from device_sdk.protocol.polls import BLOBS
 from device_sdk.store import Store
 from device_sdk.traffic import BudgetError, Traffic
 from device_sdk.transport import StreamAnswer, Transport
+
+log = logging.getLogger("device_sdk")
 
 _CONTENT_RANGE = re.compile(r"bytes (\d{1,19})-(\d{1,19})/(\d{1,19}|\*)")
 
@@ -67,11 +70,11 @@ def fetch(
     `disk_full`, and BudgetError where today's bytes are spent. In each case what the store holds and runs is as it was.
     """
     ends = time.monotonic() + deadline
-    meter = _Meter(manifest.length, on_progress)
+    meter = _Meter(sum(file.length for file in manifest.fetched), on_progress)
     line = _Line(transport, store, meter, ends, patcher, traffic or Traffic(None), mirror)
     fetched = Fetched()
     try:
-        for file in manifest.files:
+        for file in manifest.fetched:
             if not store.has_blob(file):
                 fetched = _together(fetched, _fetch_file(line, file))
             meter.finished(file)
@@ -157,7 +160,15 @@ def _fetch_whole(line: _Line, file: FileEntry) -> None:
         _receive(line, file, start)
     elif file.length == 0:
         store.append(file.sha256, b"")
-    store.admit(file.sha256, file.length)
+    try:
+        store.admit(file.sha256, file.length)
+    except UntrustedError:
+        if not start:
+            raise
+        # A power loss leaves zeros in what had come: nobody is to blame before all of it came in one go.
+        log.warning("%s: what had come of it was damaged; it is fetched from its beginning", file.name)
+        _receive(line, file, 0)
+        store.admit(file.sha256, file.length)
 
 
 def _receive(line: _Line, file: FileEntry, start: int) -> None:

@@ -99,3 +99,8 @@ def is_retryable(error: BaseException) -> bool:
     if not isinstance(error, TransferError) or isinstance(error, UnauthorizedError):
         return False
     return error.status in {0, 408, 425, 429} or error.status >= 500
+
+
+def first_line(error: Exception) -> str:
+    """The gist of a foreign error, in at most 300 characters."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:300]

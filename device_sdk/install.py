@@ -6,10 +6,12 @@ The order of an update: fetch, verify, test beside the release that serves, swit
 import logging
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
-from device_sdk import runtime
+from device_sdk import acceptance, runtime
+from device_sdk.acceptance import Exam
+from device_sdk.counts import Counts
 from device_sdk.download import Fetched
 from device_sdk.errors import (
     DeviceError,
@@ -21,20 +23,23 @@ from device_sdk.errors import (
     is_retryable,
 )
 from device_sdk.journal import Journal
+from device_sdk.ledger import Done, Ledger
 from device_sdk.peers import Seen, Served, total
 from device_sdk.probes import IDLE, Probes
 from device_sdk.protocol import events, limits
+from device_sdk.protocol.arrays.acceptance import Acceptance
 from device_sdk.protocol.assignment import Assignment, Probation
 from device_sdk.protocol.manifest import Manifest
+from device_sdk.protocol.versions import older
 from device_sdk.rehearsal import Rules, free_memory, rehearse
-from device_sdk.runtime import Gate, Loaded, RuntimeOptions, Slot
+from device_sdk.runtime import RuntimeOptions
+from device_sdk.slot import CHECK_EVERY, Gate, Loaded, Slot, told
 from device_sdk.store import LoadedFiles, Store
 from device_sdk.traffic import BudgetError, Limits, Traffic
 from device_sdk.updater import (
     MAX_STARTS,
     MAX_TESTS,
     RESTING,
-    Counts,
     Progress,
     Signal,
     State,
@@ -42,7 +47,6 @@ from device_sdk.updater import (
     Why,
     backoff,
     judge,
-    older,
 )
 from device_sdk.uploader import local_second_of_day
 
@@ -51,6 +55,7 @@ log = logging.getLogger("device_sdk")
 WATCH_SECONDS = 0.25  # between two looks at a release in probation
 LOOK_SECONDS = 30.0  # between two looks at a condition that is not met
 FIRST_RETRY = 5.0
+FORGIVEN_SECONDS = 60.0  # between two looks whether a person at the device has forgiven a release
 DAMAGED = "damaged"  # the code of what was installed here and is no longer whole
 RETIRE_SECONDS = 5.0  # a follower waits so long for a slow call before it goes on with what comes next
 _MARGIN = 64 * limits.MIB  # of memory, that `auto` leaves to the rest of the device
@@ -124,6 +129,7 @@ class Parts:
     fetch: Callable[[Manifest, Callable[..., None]], Fetched]
     probes: Probes
     traffic: Traffic
+    ledger: Ledger
     options: RuntimeOptions = field(default_factory=RuntimeOptions)
     rehearsal: Rules | None = field(default_factory=Rules)  # None: load without a test beforehand
     swap: Swap = field(default_factory=Swap)
@@ -156,7 +162,9 @@ class Installer:
         self._retry_for = ""
         self._verdict: Verdict | None = None  # reached, and not yet on disk
         self._unloaded: str | None = None  # what was, to make room, and is to come back if nothing else does
-        self._held_since: tuple[str, float] | None = None  # which release the program puts off, and since when
+        self._held_since: tuple[str, float] | None = None  # which release the program puts off, since when (monotonic)
+        self._held_at = 0.0  # the same in unix seconds, which a restart survives
+        self._found: dict[str, float | str] = {}  # what the acceptance bundle of the release under test showed
         self._since = 0.0  # when the trial began to serve, monotonic
 
     @property
@@ -196,6 +204,7 @@ class Installer:
 
     def close(self) -> None:
         """A clean end is not held against a trial: its starts are counted anew."""
+        self.note_counts()
         trial = self._store.state(self.model).trial
         if self._parts.writes and trial and self.slot.current is not None:
             try:
@@ -239,7 +248,7 @@ class Installer:
         on_trial = False
         try:
             on_trial = self._parts.writes and self._put_on_trial(sha)
-            if on_trial and self._store.count_start(self.model) >= MAX_STARTS:
+            if on_trial and self._store.count_start(self.model) > MAX_STARTS:
                 self._reject(sha, Verdict(Signal.UNHEALTHY, Why.CRASH_LOOP))
                 return self.slot.current is not None
         except StorageError as error:
@@ -256,7 +265,8 @@ class Installer:
         """Whether `sha` is unproven. One that stands in no state (the state was lost) is put on trial again."""
         state = self._store.state(self.model)
         if sha not in state.kept:
-            self._store.begin_trial(self.model, sha)
+            tests = self.progress.tests if self.progress.sha256 == sha else 0  # it may have died of the test
+            self._store.begin_trial(self.model, sha, starts=tests)
             self._adopt(sha, self.progress)
             return True
         return sha == state.trial
@@ -297,8 +307,10 @@ class Installer:
 
     def _follow_to(self, told: Served) -> None:
         try:
-            self._make_room(self._store.manifest(told.sha256))
-            loaded = self._load(told.sha256)
+            manifest = self._store.manifest(told.sha256)
+            bundle = self._bundle(manifest) if told.trial else None  # its providers may be others than the updater's
+            self._make_room(manifest)
+            loaded = self._load(told.sha256, Exam(bundle, seconds=acceptance.WARM_SECONDS) if bundle else None)
             self.slot.publish(loaded)
         except ModelError as error:
             self.failure = Seen(told.sha256, failure=error.code)
@@ -322,7 +334,7 @@ class Installer:
 
     def _settle(self, *, on_trial: bool) -> None:
         if self.slot.current:
-            self.slot.current.check_mask = 0 if on_trial else runtime.CHECK_EVERY - 1
+            self.slot.current.check_mask = 0 if on_trial else CHECK_EVERY - 1
         self.slot.alarm = self._parts.wake if on_trial else _nothing
         if not on_trial:
             self.slot.drop_previous(timeout=RETIRE_SECONDS)
@@ -345,7 +357,7 @@ class Installer:
             return
         trial = self._store.state(self.model).trial
         try:
-            if trial and self._store.count_start(self.model) >= MAX_STARTS:
+            if trial and self._store.count_start(self.model) > MAX_STARTS:
                 self._reject(trial, Verdict(Signal.UNHEALTHY, Why.CRASH_LOOP))
                 return
         except StorageError as error:
@@ -398,15 +410,15 @@ class Installer:
                 self._tell_once(Signal.FAIL, reason)
             if assignment.stop and not self._may_go_on():
                 self._stop()
-            return None
+            return FORGIVEN_SECONDS if reason == Why.KNOWN_BAD else None
         left = self._retry_at - self._parts.clock.monotonic()
         if left > 0:
             return left
         if hold := self._condition(verified):
             self._tell_once(Signal.HOLD, hold)
             return LOOK_SECONDS
-        if self._store.has(assignment.sha256) and (hold := self._held(assignment)):
-            self._tell_once(Signal.HOLD, hold)
+        if self._store.has_all(assignment.sha256) and (hold := self._held(assignment)):
+            self._tell_once(Signal.HOLD, hold, held_at=self._held_at)
             return WATCH_SECONDS
         return self._install(verified)
 
@@ -418,8 +430,18 @@ class Installer:
             return ""
         now = self._parts.clock.monotonic()
         if self._held_since is None or self._held_since[0] != assignment.sha256:
-            self._held_since = (assignment.sha256, now)
+            self._held_since = (assignment.sha256, now - self._held_before(assignment))
         return f"{Why.HELD}: {reason}" if now - self._held_since[1] < assignment.max_hold else ""
+
+    def _held_before(self, assignment: Assignment) -> float:
+        """For how long an earlier process put off this release already: a restart is no new deadline.
+
+        By the wall clock: a device that was off for a night has waited that night. One set back begins anew.
+        """
+        progress, now = self.progress, self._parts.clock.now()
+        is_same = progress.sha256 == assignment.sha256 and 0 < progress.held_at <= now
+        self._held_at = progress.held_at if is_same else now
+        return now - self._held_at
 
     # What the view took back
 
@@ -502,7 +524,7 @@ class Installer:
 
     def _missing(self, manifest: Manifest | None) -> int:
         """Bytes of the release that are not here."""
-        files = [file for file in manifest.files if not self._store.has_blob(file)] if manifest else []
+        files = [file for file in manifest.fetched if not self._store.has_blob(file)] if manifest else []
         return sum(max(file.length - self._store.partial_length(file.sha256), 0) for file in files)
 
     def _told_the_end(self, assignment: Assignment) -> bool:
@@ -523,13 +545,25 @@ class Installer:
     def _obstacle(self, verified: Verified) -> str:
         """Why this release will not run here, whatever is tried."""
         manifest = verified.manifest
-        if self._store.is_bad(verified.assignment.sha256):
+        if self._store.is_bad(verified.assignment.sha256) and not self._forgive(verified.assignment):
             return Why.KNOWN_BAD
         if manifest and older(self._parts.sdk, manifest.requires.sdk):
             return Why.REQUIRES_SDK
         if manifest and older(runtime.RUNTIME, manifest.requires.runtime):
             return Why.REQUIRES_RUNTIME
         return ""
+
+    def _forgive(self, assignment: Assignment) -> bool:
+        """A signed view may ask for one more try: once for each rollout that says so."""
+        sha = assignment.sha256
+        try:
+            if not assignment.forgive or self._store.bad_rollout(sha) == assignment.rollout:
+                return False
+            log.warning("%s: %s is tried again; it was rejected: %s", self.model, sha, self._store.bad_reason(sha))
+            self._store.forgive(sha)
+        except StorageError as error:
+            log.warning("%s: it stays rejected: %s", self.model, error)
+        return not self._store.is_bad(sha)
 
     def _install(self, verified: Verified) -> float | None:
         """One attempt; each kind of failure has its own end."""
@@ -578,15 +612,17 @@ class Installer:
         if sha != assignment.sha256:
             raise UntrustedError(f"manifest: expected {assignment.sha256}; got {sha}", code="hash_mismatch")
         self._began_at, self._brought = None, 0
-        fetched = Fetched() if self._store.has(sha) else self._parts.fetch(manifest, self._go_on)
+        fetched = Fetched() if self._store.has_all(sha) else self._parts.fetch(manifest, self._go_on)
         self._signal(Signal.DOWNLOADED, detail=fetched.detail())
         if hold := self._held(assignment):
-            self._signal(Signal.HOLD, hold)
+            self._tell_once(Signal.HOLD, hold, held_at=self._held_at)
             return
+        self._found = {}
         loaded = self._test(sha)
         self._go_on()
-        self._signal(Signal.TESTED)
-        self._store.begin_trial(self.model, sha)
+        self._signal(Signal.TESTED, detail=self._found)
+        self.note_counts()
+        self._store.begin_trial(self.model, sha, starts=1)
         self._serve(loaded, on_trial=True)
         self._signal(Signal.ACTIVATED)
 
@@ -599,10 +635,24 @@ class Installer:
             self._signal(Signal.VERIFIED)
             if self.progress.tests > MAX_TESTS:
                 raise ModelError("its test took the process down", code=Why.CRASHED_IN_TEST)
+            bundle = self._bundle(files.manifest)
             self._make_room(files.manifest)
+            took = None
             if self._parts.rehearsal is not None:
-                rehearse(files, options=self._parts.options, rules=self._parts.rehearsal, go_on=self._go_on)
-            return self._make(sha, files)
+                rules = self._parts.rehearsal
+                took = rehearse(files, options=self._parts.options, rules=rules, go_on=self._go_on, bundle=bundle)
+            if bundle is None:
+                return self._make(sha, files)
+            # Latency is measured here: with the threads, the options and the company that the release will have.
+            seconds = None if took is None else acceptance.WARM_SECONDS
+            exam = Exam(bundle, seconds=seconds, timed=True, go_on=self._go_on)
+            loaded = self._make(sha, files, exam)
+            self._found = _passed(exam, took)
+            return loaded
+
+    def _bundle(self, manifest: Manifest) -> Acceptance | None:
+        entry = manifest.acceptance
+        return None if entry is None else acceptance.read(self._store.read_blob(entry))
 
     def _go_on(self, come: Come | None = None) -> None:
         """Called by the download and by the test: stop it when nobody wants it any more, or not now."""
@@ -639,15 +689,15 @@ class Installer:
     def _mark_bad(self, sha: str, error: ModelError) -> None:
         log.error("%s: %s is never tried again: %s", self.model, self.progress.release, error)
         try:
-            self._store.reject(self.model, sha, error.code)
+            self._store.reject(self.model, sha, error.code, self.progress.rollout)
         except StorageError as full:
             log.warning("%s: %s could not be marked: %s", self.model, sha, full)
-        self._signal(Signal.FAIL, error.code, detail={"message": str(error)[:200]})
+        self._signal(Signal.FAIL, _told(error), detail={"message": str(error)[:200]})
 
     # Probation
 
     def _serve(self, loaded: Loaded, *, on_trial: bool) -> None:
-        loaded.check_mask = 0 if on_trial else runtime.CHECK_EVERY - 1
+        loaded.check_mask = 0 if on_trial else CHECK_EVERY - 1
         self._since = self._parts.clock.monotonic()
         self._verdict = None
         self.slot.alarm = self._parts.wake if on_trial else _nothing
@@ -657,29 +707,48 @@ class Installer:
 
     def _watch(self, rules: Probation) -> float | None:
         """Judge the trial. A verdict that could not be written is carried out again at the next look."""
-        trial = self._store.state(self.model).trial or ""
-        own = self.slot.current.stats.counts() if self.slot.current else Counts()
+        state, current = self._store.state(self.model), self.slot.current
+        trial = state.trial or ""
+        own = current.stats.counts() if current else Counts()
         counts = total(own, self._parts.seen(self.model, trial))
-        seconds = self._parts.clock.monotonic() - self._since
-        self._verdict = self._verdict or judge(rules, counts, seconds)
+        before = current.before if current else Done()
+        whole = before.and_then(counts, self.seconds())
+        baseline = self._parts.ledger.get(self.model, state.active).counts
+        del current
+        self._verdict = self._verdict or judge(rules, whole.counts, whole.seconds, baseline)
         if self._verdict is None:
             return WATCH_SECONDS
         try:
             if self._verdict.signal is Signal.HEALTHY:
-                self._commit(counts, seconds)
+                self._commit(self._verdict, counts, whole)
             else:
-                self._reject(trial, self._verdict, counts, seconds)
+                self._reject(trial, self._verdict, counts, whole.seconds)
         except StorageError as error:
             log.warning("%s: the verdict waits for the disk: %s", self.model, error)
             return LOOK_SECONDS
         return 0.0
 
-    def _commit(self, counts: Counts, seconds: float) -> None:
+    def seconds(self) -> float:
+        """How long what serves has served, in this process."""
+        return max(self._parts.clock.monotonic() - self._since, 0.0)
+
+    def note_counts(self) -> None:
+        """Keep what the release that serves did so far, for a later comparison and for a later process."""
+        current = self.slot.current
+        if current is None or not self._parts.writes:
+            return
+        kept = self._store.state(self.model).kept
+        if current.sha256 in kept:
+            done = current.before.and_then(current.stats.counts(), self.seconds())
+            self._parts.ledger.keep(self.model, current.sha256, done, kept=kept)
+
+    def _commit(self, verdict: Verdict, counts: Counts, whole: Done) -> None:
         self._store.commit(self.model)
         self._verdict = None
-        self._signal(Signal.HEALTHY, detail=_detail(counts, seconds))
+        self.note_counts()
+        self._signal(Signal.HEALTHY, detail={**told(self.slot.current, counts, whole.seconds), **verdict.detail})
         if self.slot.current:
-            self.slot.current.check_mask = runtime.CHECK_EVERY - 1
+            self.slot.current.check_mask = CHECK_EVERY - 1
         self.slot.alarm = _nothing
         self.slot.drop_previous()
         self._parts.tidy()
@@ -689,10 +758,13 @@ class Installer:
 
         Where CI lists none to go back to, it stays in memory until the server, which now knows, says what to do.
         """
+        served = self.slot.current if self._serves(sha) else None
+        numbers = {**told(served, counts or Counts(), seconds), **verdict.detail}
+        del served  # leaving it counts references
         self._leave(sha)
-        self._store.reject(self.model, sha, verdict.reason)
+        self._store.reject(self.model, sha, verdict.reason, self.progress.rollout)
         self._verdict = None
-        self._signal(Signal.UNHEALTHY, verdict.reason, detail=_detail(counts or Counts(), seconds))
+        self._signal(Signal.UNHEALTHY, verdict.reason, detail=numbers)
         self.slot.alarm = _nothing
         self._serve_kept()
         self._parts.tidy()
@@ -749,6 +821,7 @@ class Installer:
         current = self.slot.current
         if current is None or not self._parts.swap.is_tight(manifest):
             return
+        self.note_counts()
         self._unloaded = current.sha256
         log.info("%s: %s is unloaded to make room", self.model, current.path)
         del current
@@ -768,25 +841,27 @@ class Installer:
 
     # Parts
 
-    def _load(self, sha: str) -> Loaded:
+    def _load(self, sha: str, exam: Exam | None = None) -> Loaded:
         with self._store.open(sha) as files:
-            return self._make(sha, files)
+            return self._make(sha, files, exam)
 
-    def _make(self, sha: str, files: LoadedFiles) -> Loaded:
+    def _make(self, sha: str, files: LoadedFiles, exam: Exam | None = None) -> Loaded:
         entry = files.entry_path if files.entry_bytes is None else files.entry_bytes
-        return runtime.load(files.manifest, sha256=sha, entry=entry, options=self._parts.options)
+        loaded = runtime.load(files.manifest, sha256=sha, entry=entry, options=self._parts.options, exam=exam)
+        loaded.before = self._parts.ledger.get(self.model, sha)
+        return loaded
 
     def _signal(self, signal: Signal, reason: str = "", detail: dict[str, float | str] | None = None) -> None:
         self._journal.record(self.progress.after(signal, reason), detail)
 
-    def _tell_once(self, signal: Signal, reason: str = "") -> None:
+    def _tell_once(self, signal: Signal, reason: str = "", *, held_at: float = 0.0) -> None:
         """Record an outcome that every look at the same view finds again."""
         verified = self.latest
         if verified is None:
             return
         assignment = verified.assignment
         about = self.progress.about(assignment.sha256, assignment.release, assignment.rollout)
-        after = about.after(signal, reason)
+        after = replace(about.after(signal, reason), held_at=held_at)
         if not after.says(self.progress):
             self._journal.record(after)
 
@@ -796,20 +871,19 @@ _STOPPED = "nothing of it may run any more, and the server's policy is to run no
 _NONE = "0" * 64
 
 
-def _detail(counts: Counts, seconds: float) -> dict[str, float | str]:
-    return {
-        "calls": counts.calls,
-        "errors": counts.errors,
-        "invalid": counts.invalid,
-        "seconds": round(seconds, 1),
-        "p50_us": counts.p50,
-        "p95_us": counts.p95,
-    }
-
-
 def _named(why: Why, error: DeviceError) -> str:
     """A reason that says more, where the error does: `network: too_slow`."""
     return why if error.code == type(error).code else f"{why}: {error.code}"
+
+
+def _told(error: ModelError) -> str:
+    """What a release's makers asked of it is not on any page: the reason says what was expected, and what came."""
+    return f"{error.code}: {error}"[:300] if error.code in acceptance.CODES else error.code
+
+
+def _passed(exam: Exam, took: int | None) -> dict[str, float | str]:
+    memory = {"memory": float(took)} if took else {}
+    return {"accepted": float(exam.asked), "latency_ms": round(exam.latency_ms, 3), **memory}
 
 
 def _nothing() -> None:

@@ -9,10 +9,9 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-import numpy as np
-
-from device_sdk.intake import Array, Sample
+from device_sdk.intake import Sample
 from device_sdk.protocol import fields, limits
+from device_sdk.protocol.arrays import npy
 from device_sdk.protocol.batches import INDEX, BatchIndex, SampleEntry
 
 log = logging.getLogger("device_sdk")
@@ -90,7 +89,7 @@ def encode(identifier: str, sample: Sample, rate: float) -> bytes:
             for name, tensor in tensors.items():
                 member = f"t{number}.npy"
                 number += 1
-                archive.writestr(zipfile.ZipInfo(member), _npy(tensor))
+                archive.writestr(zipfile.ZipInfo(member), npy.to_bytes(tensor))
                 names[part][name] = member
         entry = SampleEntry(identifier, sample.at, sample.release, max(rate, 1e-12), names["inputs"], names["outputs"])
         archive.writestr(zipfile.ZipInfo(_SAMPLE_INDEX), fields.canonical(entry.to_json()))
@@ -102,14 +101,6 @@ def decode(path: Path) -> tuple[SampleEntry, dict[str, bytes]]:
         data = archive.read(_SAMPLE_INDEX)
         entry = SampleEntry.parse(fields.parse_object(data, limit=limits.BATCH_INDEX, what=_SAMPLE_INDEX))
         return entry, {name: archive.read(name) for name in (*entry.inputs.values(), *entry.outputs.values())}
-
-
-def _npy(tensor: Array) -> bytes:
-    """Text becomes fixed-width unicode: nothing is pickled here, and nothing would be read that is."""
-    plain = tensor.astype(np.str_) if tensor.dtype.kind == "O" else tensor
-    buffer = io.BytesIO()
-    np.save(buffer, plain, allow_pickle=False)
-    return buffer.getvalue()
 
 
 def sample_ids(path: Path) -> Iterator[str]:

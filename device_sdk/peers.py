@@ -17,15 +17,14 @@ import os
 from collections import deque
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from dataclasses import fields as fields_of
 from pathlib import Path
 from secrets import token_hex
 
 from device_sdk.config import read_plainly
+from device_sdk.counts import Counts, added
 from device_sdk.protocol import fields, limits
 from device_sdk.protocol.errors import ProtocolError
 from device_sdk.protocol.names import check_sha256
-from device_sdk.updater import Counts
 
 log = logging.getLogger("device_sdk")
 
@@ -66,12 +65,9 @@ class Seen:
     @classmethod
     def parse(cls, value: object) -> "Seen":
         item = fields.as_object(value, "seen")
-        counts = fields.take_object(item, "counts")
-        numbers = {each.name: fields.take_number(counts, each.name, low=0, high=2.0**62) for each in fields_of(Counts)}
-        whole = {name: value if name in {"p50", "p95"} else int(value) for name, value in numbers.items()}
         return cls(
             sha256=check_sha256(item.get("sha256")),
-            counts=Counts(**whole),  # type: ignore[arg-type]
+            counts=Counts.parse(item.get("counts")),
             failure=fields.take_text(item, "failure", limit=64, default=""),
         )
 
@@ -169,7 +165,10 @@ class Board:
         if seen == self._reported or not (seen or self._reported):
             return
         self._join()
-        body = {model: {**asdict(each), "counts": asdict(each.counts)} for model, each in seen.items()}
+        body = {
+            model: {"sha256": each.sha256, "failure": each.failure, "counts": each.counts.to_json()}
+            for model, each in seen.items()
+        }
         _replace(self._directory / f"{self._id}.json", json.dumps(body).encode())
         self._reported = dict(seen)
 
@@ -233,19 +232,9 @@ class Uncollected:
 
 
 def total(own: Counts, seen: list[Seen]) -> Counts:
-    """A device's counts: calls add up; of latencies it is the slowest process's. One that cannot load it has failed."""
-    every = [own, *(each.counts for each in seen)]
+    """What all processes of a device did. One that cannot load the release has failed: that is a call and an error."""
     failed = sum(1 for each in seen if each.failure)
-    sums = {name: sum(getattr(each, name) for each in every) for name in ("calls", "errors", "checked", "invalid")}
-    return Counts(
-        calls=sums["calls"] + failed,
-        errors=sums["errors"] + failed,
-        checked=sums["checked"],
-        invalid=sums["invalid"],
-        rejected=sum(each.rejected for each in every),
-        p50=max(each.p50 for each in every),
-        p95=max(each.p95 for each in every),
-    )
+    return added([own, *(each.counts for each in seen), Counts(calls=failed, errors=failed)])
 
 
 def _is_held(path: Path) -> bool:

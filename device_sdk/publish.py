@@ -7,250 +7,48 @@ Exit codes: 0 done, 2 wrong use, 3 refused by the server, 4 network or server fa
 """
 
 import argparse
-import json
 import os
 import sys
+import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from datetime import UTC, datetime, timedelta
-from hashlib import file_digest
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import requests
-from securesystemslib.exceptions import UnverifiedSignatureError, VerificationError
 from securesystemslib.signer import CryptoSigner, Key, Signer
-from tuf.api.metadata import Metadata, TargetFile, Targets
-from tuf.api.serialization import DeserializationError
-from tuf.api.serialization.json import JSONSerializer
 
 from device_sdk import signing
 from device_sdk.errors import DeviceError, SetupError, TransferError, UntrustedError, is_retryable
-from device_sdk.protocol import limits
 from device_sdk.protocol.errors import ProtocolError
-from device_sdk.protocol.manifest import (
-    ATTACHMENT_KINDS,
-    MODEL_SIGNATURE,
-    Attachment,
-    FileEntry,
-    Manifest,
-    Requirements,
-    TensorSpec,
-    digest,
-)
-from device_sdk.protocol.names import ReleasePath, check_file_name, check_model, check_name
+from device_sdk.protocol.manifest import ATTACHMENT_KINDS, MODEL_SIGNATURE
+from device_sdk.protocol.names import check_model
+from device_sdk.protocol.scores import KINDS
+from device_sdk.publishing import needs
+from device_sdk.publishing.console import progress, say
+from device_sdk.publishing.roles import Edit, add_targets, next_role, remove_release, sign_and_post
+from device_sdk.publishing.server import Server
+from device_sdk.publishing.variants import Variant, check_same, chosen
 
-ROLE_LIFETIME = timedelta(days=180)
-CHUNK = 8 * 1024 * 1024  # bytes in one PUT; what a broken line costs at most
-TRIES = 6
-BACKOFF = 0.5  # seconds before the second try; doubles
-TIMEOUT = (10.0, 300.0)  # seconds to connect, and without a byte
 OK, USAGE, REFUSED, FAILED, INVALID, PENDING = 0, 2, 3, 4, 5, 6
-_DTYPES = {"float": "float32", "double": "float64", "string": "object"}
-Report = Callable[[int], None]
-Edit = Callable[[Targets], None]
-
-
-@dataclass(frozen=True, slots=True)
-class LocalFile:
-    path: Path
-    entry: FileEntry
-
-
-@dataclass(frozen=True, slots=True)
-class Variant:
-    """One variant to publish; the first file is the one that is loaded."""
-
-    manifest: Manifest
-    files: tuple[LocalFile, ...]
-    attached: tuple[LocalFile, ...] = ()
-
-
-class Server:
-    """The CI API. Every request may be repeated: the server knows what it has."""
-
-    def __init__(self, address: str, token: str, *, pause: Callable[[float], None] = time.sleep) -> None:
-        self._address = address.rstrip("/") + "/api/ci/v1"
-        self._pause = pause
-        self._session = requests.Session()
-        self._session.auth = _Bearer(token)  # as `auth`: a header would give way to ~/.netrc
-
-    def role(self, model: str) -> bytes | None:
-        """The newest role; None: sign version 1."""
-        answer = self._call("GET", f"/models/{model}/role", allowed={"no_role_yet"})
-        return None if answer.status_code == 404 else answer.content
-
-    def release(self, model: str, version: str) -> dict[str, Any] | None:
-        answer = self._call("GET", f"/models/{model}/releases/{version}", allowed={"unknown_release"})
-        return None if answer.status_code == 404 else _object(answer)
-
-    def publish(self, model: str, body: Mapping[str, Any]) -> dict[str, Any]:
-        return _object(self._call("POST", f"/models/{model}/releases", body=json.dumps(body).encode()))
-
-    def proposal(self, model: str) -> dict[str, Any] | None:
-        """The role that waits for signatures, or None."""
-        answer = self._call("GET", f"/models/{model}/role/pending", allowed={"no_pending_role"})
-        return None if answer.status_code == 404 else _object(answer)
-
-    def add_signatures(self, model: str, role: str) -> dict[str, Any]:
-        return _object(self._call("POST", f"/models/{model}/role/pending", body=json.dumps({"role": role}).encode()))
-
-    def update_role(self, model: str, role: str) -> dict[str, Any]:
-        return _object(self._call("POST", f"/models/{model}/role", body=json.dumps({"role": role}).encode()))
-
-    def upload(self, file: LocalFile, report: Report) -> None:
-        """Go on where the server stands; a file that it has costs one request."""
-        where = f"/blobs/{file.entry.sha256}"
-        answer = self._call("HEAD", where)
-        with file.path.open("rb") as stream:
-            while answer.headers.get("Upload-Complete") != "?1":
-                offset = _offset(answer)
-                report(offset)
-                stream.seek(offset)
-                headers = {"Upload-Offset": str(offset), "Upload-Length": str(file.entry.length)}
-                answer = self._put(where, stream.read(CHUNK), headers)
-        report(file.entry.length)
-
-    def _put(self, where: str, chunk: bytes, headers: Mapping[str, str]) -> requests.Response:
-        for attempt in range(TRIES * 2):
-            answer = self._call("PUT", where, body=chunk, headers=headers, allowed={"wrong_offset", "upload_busy"})
-            if answer.status_code != 409 or "Upload-Offset" in answer.headers:
-                return answer
-            self._pause(min(BACKOFF * 2**attempt, 10.0))  # another runner uploads the same file
-        raise _error(answer)
-
-    def _call(
-        self,
-        method: str,
-        where: str,
-        *,
-        body: bytes | None = None,
-        headers: Mapping[str, str] | None = None,
-        allowed: frozenset[str] | set[str] = frozenset(),
-    ) -> requests.Response:
-        """Ask, again where that may help. Raises TransferError, but for refusals whose code is `allowed`."""
-        for attempt in range(TRIES):
-            try:
-                answer = self._send(method, where, body, headers)
-                if answer.status_code < 300 or _refusal(answer)[0] in allowed:
-                    return answer
-                raise _error(answer)
-            except TransferError as error:
-                if not is_retryable(error) or attempt == TRIES - 1:
-                    raise
-                self._pause(error.retry_after or min(BACKOFF * 2**attempt, 30.0))
-        raise AssertionError("unreachable")
-
-    def _send(
-        self, method: str, where: str, body: bytes | None, headers: Mapping[str, str] | None
-    ) -> requests.Response:
-        kind = "application/octet-stream" if method == "PUT" else "application/json"
-        try:
-            return self._session.request(
-                method,
-                self._address + where,
-                data=body,
-                headers={"Content-Type": kind, "Accept": "application/json", **(headers or {})},
-                timeout=TIMEOUT,
-                allow_redirects=False,
-            )
-        except requests.RequestException as error:
-            raise TransferError(f"{self._address}: {error}") from error
-
-
-class _Bearer(requests.auth.AuthBase):
-    def __init__(self, token: str) -> None:
-        self._token = token
-
-    def __call__(self, request: requests.PreparedRequest) -> requests.PreparedRequest:
-        request.headers["Authorization"] = f"Bearer {self._token}"
-        return request
-
-
-def build_variant(
-    path: ReleasePath,
-    files: Sequence[Path],
-    *,
-    requires: Requirements,
-    metadata: Mapping[str, str],
-    attach: Sequence[tuple[str, Path]] = (),
-) -> Variant:
-    """`attach`: kind and file of what is said about the variant."""
-    local = tuple(_local(file) for file in files)
-    inputs, outputs = _tensors(files[0])
-    attached = tuple((kind, _attachment(file)) for kind, file in attach)
-    manifest = Manifest(
-        path=path,
-        files=tuple(file.entry for file in local),
-        entry=local[0].entry.name,
-        inputs=inputs,
-        outputs=outputs,
-        requires=requires,
-        metadata=metadata,
-        attachments=tuple(Attachment(kind, f.entry.name, f.entry.length, f.entry.sha256) for kind, f in attached),
-    )
-    files_attached = tuple(file for _, file in attached)
-    return Variant(Manifest.parse(manifest.to_bytes()), local, files_attached)  # parsed: what we refuse need not travel
-
-
-def add_targets(variants: Sequence[Variant]) -> Edit:
-    def edit(role: Targets) -> None:
-        for variant in variants:
-            content, path = variant.manifest.to_bytes(), str(variant.manifest.path)
-            role.targets[path] = TargetFile(len(content), {"sha256": digest(content)}, path)
-
-    return edit
-
-
-def remove_release(model: str, version: str) -> Edit:
-    def edit(role: Targets) -> None:
-        prefix = f"{model}/{version}/"
-        gone = [path for path in role.targets if path.startswith(prefix)]
-        if not gone:
-            raise SetupError(f"the role of {model} does not list {version}")
-        for path in gone:
-            del role.targets[path]
-
-    return edit
-
-
-def next_role(current: bytes | None, *, signer: Signer, known: Sequence[Key], edit: Edit) -> str:
-    """The next version of a role, edited and signed. Raises UntrustedError for one that none of our keys signed."""
-    role = Targets(version=1) if current is None else trusted(current, [signer.public_key, *known])
-    if current is not None:
-        role.version += 1
-    role.expires = (datetime.now(UTC) + ROLE_LIFETIME).replace(microsecond=0)
-    edit(role)
-    metadata = Metadata(role)
-    metadata.sign(signer)
-    return metadata.to_bytes(JSONSerializer(compact=True)).decode()
-
-
-def sign_and_post(server: Server, model: str, make: Callable[[bytes | None], str], post: Callable[[str], Any]) -> Any:
-    """Sign upon the newest role; when another runner was faster, again upon its."""
-    for attempt in range(TRIES):
-        try:
-            return post(make(server.role(model)))
-        except TransferError as error:
-            if error.code not in {"stale_role", "pending_changed"} or attempt == TRIES - 1:
-                raise
-    raise AssertionError("unreachable")
 
 
 def push(options: argparse.Namespace, server: Server, signer: Signer) -> int:
-    variants = _variants(options)
+    with tempfile.TemporaryDirectory() as scratch:
+        return _push(options, server, signer, chosen(options, options.accept_out or Path(scratch)))
+
+
+def _push(options: argparse.Namespace, server: Server, signer: Signer, variants: Sequence[Variant]) -> int:
     present = server.release(options.model, options.version)
     if present is not None:
-        _check_same(present, variants)
+        check_same(present, variants)
     if present is not None and present["state"] != "withdrawn":
         say(f"{options.model} {options.version} is published already ({present['state']}); nothing to do")
         return _conclude(options, server, present)
-    wanted = {file.entry.sha256: file for variant in variants for file in (*variant.files, *variant.attached)}
+    wanted = {file.entry.sha256: file for variant in variants for file in (*variant.files, *variant.beside)}
     for file in wanted.values():
-        with _progress(file) as report:
+        with progress(file.entry.name, file.entry.length) as report:
             server.upload(file, report)
+        say(f"uploaded {file.entry.name}: {file.entry.length:,} bytes, sha256 {file.entry.sha256}")
     manifests = {variant.manifest.path.variant: variant.manifest.to_bytes().decode() for variant in variants}
     answer = sign_and_post(
         server,
@@ -261,7 +59,7 @@ def push(options: argparse.Namespace, server: Server, signer: Signer) -> int:
     release = answer["release"] if answer.get("pending") else answer
     for version in answer.get("superseded", ()):
         say(f"note: the proposal of {options.model} {version} had too few signatures and is superseded by this one")
-    size = sum(variant.manifest.length for variant in variants)
+    size = sum(file.length for variant in variants for file in variant.manifest.fetched)
     for said in _said(release):
         say(said)
     say(f"published {options.model} {options.version}: {len(variants)} variant(s), {size:,} bytes, {release['state']}")
@@ -371,128 +169,6 @@ def say_pending(options: argparse.Namespace, standing: Mapping[str, Any]) -> Non
     )
 
 
-def _check_same(present: Mapping[str, Any], variants: Sequence[Variant]) -> None:
-    """The same files under the same names are the same release, even where tensors were read on one machine only."""
-    held = {name: _essence(Manifest.parse(item["manifest"].encode())) for name, item in present["variants"].items()}
-    if held != {variant.manifest.path.variant: _essence(variant.manifest) for variant in variants}:
-        message = f"{present['model']} {present['version']} was published with other content; releases never change"
-        raise TransferError(message, code="version_exists", status=422)
-
-
-def _essence(manifest: Manifest) -> Manifest:
-    """Without what differs from one signing machine to the next: ECDSA signs the same thing anew each time."""
-    said = tuple(item for item in manifest.attachments if item.kind != MODEL_SIGNATURE)
-    return replace(manifest, inputs=(), outputs=(), attachments=said)
-
-
-def trusted(content: bytes, keys: Sequence[Key]) -> Targets:
-    try:
-        metadata = Metadata[Targets].from_bytes(content)
-    except DeserializationError as error:
-        raise UntrustedError(f"the server's role does not parse: {error}", code="malformed_role") from error
-    if not isinstance(metadata.signed, Targets) or not any(_has_signed(metadata, key) for key in keys):
-        message = "the server's role is signed by none of our keys; after a change of keys give the old --role-key"
-        raise UntrustedError(message, code="foreign_role")
-    return metadata.signed
-
-
-def _has_signed(metadata: Metadata[Targets], key: Key) -> bool:
-    signature = metadata.signatures.get(key.keyid)
-    if signature is None:
-        return False
-    try:
-        key.verify_signature(signature, metadata.signed_bytes)
-    except (UnverifiedSignatureError, VerificationError):
-        return False
-    return True
-
-
-def _variants(options: argparse.Namespace) -> list[Variant]:
-    """`--variant NAME=file,file` for several, or one made of the positional files."""
-    named = [spec for spec in options.variant if "=" in spec]
-    if bool(named) == bool(options.files) or (options.files and len(options.variant) > 1):
-        raise SetupError("give either files (and one --variant NAME), or --variant NAME=file,file for each variant")
-    chosen: dict[str, list[Path]] = {}
-    for spec in named or [f"{(options.variant or ['default'])[0]}="]:
-        name, _, listed = spec.partition("=")
-        if name in chosen:
-            raise SetupError(f"variant {name!r} is given twice")
-        chosen[check_name(name, "variant")] = [Path(file) for file in listed.split(",")] if named else options.files
-    requires = Requirements(options.min_sdk, options.min_runtime, options.opset, options.memory)
-    metadata = _metadata(options.meta)
-    version = check_name(options.version, "version")
-    attach = _attached(options.attach, chosen)
-    return [
-        build_variant(
-            ReleasePath(options.model, version, name), files, requires=requires, metadata=metadata, attach=attach[name]
-        )
-        for name, files in chosen.items()
-    ]
-
-
-def _attached(specs: Sequence[str], variants: Sequence[str] | Mapping[str, Any]) -> dict[str, list[tuple[str, Path]]]:
-    """`KIND=FILE` for every variant, `VARIANT:KIND=FILE` for one."""
-    attached: dict[str, list[tuple[str, Path]]] = {name: [] for name in variants}
-    for spec in specs:
-        named, equals, file = spec.partition("=")
-        variant, _, kind = named.rpartition(":")
-        if not equals or kind not in ATTACHMENT_KINDS or (variant and variant not in attached):
-            expected = f"[VARIANT:]KIND=FILE with KIND one of {', '.join(ATTACHMENT_KINDS)}"
-            raise SetupError(f"--attach: expected {expected}; got {spec!r}")
-        for name in [variant] if variant else attached:
-            attached[name].append((kind, Path(file)))
-    return attached
-
-
-def _attachment(path: Path) -> LocalFile:
-    file = _local(path)
-    if file.entry.length > limits.ATTACHMENT:
-        raise SetupError(f"{path}: expected at most {limits.ATTACHMENT} bytes; got {file.entry.length}")
-    return file
-
-
-def _metadata(pairs: Sequence[str]) -> dict[str, str]:
-    split = [pair.partition("=") for pair in pairs]
-    wrong = [key for key, equals, _ in split if not equals or not key]
-    if wrong:
-        raise SetupError(f"--metadata: expected KEY=VALUE; got {wrong[0]!r}")
-    return {key: value for key, _, value in split}
-
-
-def _local(path: Path) -> LocalFile:
-    try:
-        with path.open("rb") as file:
-            sha256 = file_digest(file, "sha256").hexdigest()
-            return LocalFile(path, FileEntry(check_file_name(path.name), file.tell(), sha256))
-    except OSError as error:
-        raise SetupError(f"cannot read {path}: {error.strerror}") from error
-
-
-def _tensors(path: Path) -> tuple[tuple[TensorSpec, ...], tuple[TensorSpec, ...]]:
-    """Inputs and outputs where onnxruntime is at hand and the model loads; else none: the server reads them anyway."""
-    try:
-        import onnxruntime
-
-        options = onnxruntime.SessionOptions()
-        options.log_severity_level = 4
-        session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-    except Exception as error:  # noqa: BLE001  # onnxruntime has no base class
-        say(f"note: inputs and outputs are not stated: {' '.join(str(error).split())[:200]}")
-        return (), ()
-    return _specs(session.get_inputs()), _specs(session.get_outputs())
-
-
-def _specs(arguments: Sequence[Any]) -> tuple[TensorSpec, ...]:
-    def dtype(kind: str) -> str:
-        bare = kind.removeprefix("tensor(").removesuffix(")") if kind.startswith("tensor(") else kind
-        return _DTYPES.get(bare, bare)[:32]
-
-    return tuple(
-        TensorSpec(item.name, dtype(item.type), tuple(s if isinstance(s, (int, str)) else None for s in item.shape))
-        for item in arguments
-    )
-
-
 def known_keys(options: argparse.Namespace) -> list[Key]:
     return [signing.read_public(path) for path in options.role_key]
 
@@ -502,65 +178,6 @@ def _token(options: argparse.Namespace) -> str:
     if not token:
         raise SetupError("no API token: set FLEET_API_TOKEN, or give --token")
     return token
-
-
-def _offset(answer: requests.Response) -> int:
-    value = answer.headers.get("Upload-Offset", "")
-    if not value.isascii() or not value.isdigit():
-        raise TransferError(f"{answer.url}: expected Upload-Offset; got {value!r:.40}", status=answer.status_code)
-    return int(value)
-
-
-def _object(answer: requests.Response) -> dict[str, Any]:
-    try:
-        value = answer.json()
-    except ValueError as error:
-        raise TransferError(f"{answer.url}: expected JSON", status=answer.status_code) from error
-    if not isinstance(value, dict):
-        raise TransferError(f"{answer.url}: expected a JSON object", status=answer.status_code)
-    return value
-
-
-def _refusal(answer: requests.Response) -> tuple[str, str]:
-    """Code and message of a refusal; a proxy's page has neither."""
-    try:
-        body = answer.json()
-        return str(body["code"]), str(body["message"])
-    except (ValueError, KeyError, TypeError):
-        return f"http_{answer.status_code}", answer.reason or "no reason given"
-
-
-def _error(answer: requests.Response) -> TransferError:
-    code, message = _refusal(answer)
-    wait = answer.headers.get("Retry-After", "")
-    return TransferError(
-        f"{answer.request.method} {answer.url}: {answer.status_code} {message}",
-        code=code,
-        status=answer.status_code,
-        retry_after=min(float(wait), 120.0) if wait.isascii() and wait.isdigit() else None,
-    )
-
-
-@contextmanager
-def _progress(file: LocalFile) -> Iterator[Report]:
-    """A bar where somebody watches and rich is installed; else a line at the end."""
-    try:
-        from rich.console import Console
-        from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
-        from rich.progress import TransferSpeedColumn as Speed
-    except ImportError:
-        yield lambda _: None
-    else:
-        columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), Speed(), TimeRemainingColumn())
-        console = Console(stderr=True)
-        with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
-            task = bar.add_task(file.entry.name, total=file.entry.length)
-            yield lambda done: bar.update(task, completed=done)
-    say(f"uploaded {file.entry.name}: {file.entry.length:,} bytes, sha256 {file.entry.sha256}")
-
-
-def say(text: str) -> None:
-    sys.stderr.write(text + "\n")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -597,15 +214,41 @@ def _push_arguments(command: argparse.ArgumentParser) -> None:
         "--attach", action="append", default=[], metavar="[VARIANT:]KIND=FILE",
         help=f"signed with the release, kept by the server: {', '.join(ATTACHMENT_KINDS)}; may be repeated",
     )  # fmt: skip
+    command.add_argument(
+        "--scores", default="", metavar="OUTPUT[:KIND]",
+        help=f"the output with the scores of classes ({', '.join(KINDS)}): devices then watch confidence and class mix",
+    )  # fmt: skip
+    _acceptance_arguments(command)
     command.add_argument("--min-sdk", default="", help="the oldest SDK that can run it")
     command.add_argument("--min-runtime", default="", help="the oldest onnxruntime that can run it")
     command.add_argument("--opset", type=int, default=0)
     command.add_argument("--memory", type=int, default=0, help="bytes that a device needs")
+    command.add_argument("--needs", action="append", default=[], metavar="[VARIANT:]KEY=VALUE", help=needs.HELP)
     command.add_argument("--wait", action="store_true", help="until the server has validated it")
     command.add_argument("--wait-seconds", type=float, default=600)
     command.add_argument("--poll-seconds", type=float, default=1.0, help=argparse.SUPPRESS)
     command.set_defaults(run=push)
     _common_arguments(command)
+
+
+def _acceptance_arguments(command: argparse.ArgumentParser) -> None:
+    group = command.add_argument_group(
+        "acceptance bundle", "The model is run here on samples; devices refuse a release that does not answer alike."
+    )
+    group.add_argument(
+        "--accept", type=Path, action="append", default=[], metavar="SAMPLES",
+        help="an .npz file, or a folder of .npy files, with an array for each input; may be repeated",
+    )  # fmt: skip
+    group.add_argument("--accept-batch", type=int, default=1, help="rows of a call, where the model leaves them open")
+    group.add_argument(
+        "--accept-rtol", action="append", default=[], metavar="[OUTPUT=]R", help="relative tolerance of floats: 1e-3"
+    )
+    group.add_argument(
+        "--accept-atol", action="append", default=[], metavar="[OUTPUT=]A", help="absolute tolerance of floats: 1e-4"
+    )
+    group.add_argument("--max-latency-ms", type=float, default=0.0, help="of a call on the device, the median of 7")
+    group.add_argument("--max-memory-mb", type=float, default=0.0, help="MiB at most, while it loads and answers")
+    group.add_argument("--accept-out", type=Path, help="a folder that keeps the bundles, for whoever signs second")
 
 
 def _common_arguments(command: argparse.ArgumentParser) -> None:

@@ -1,7 +1,8 @@
 """Load a release for the first time in a process of its own, under a memory and a time limit.
 
 A model of 200 bytes can ask for 40 GB, spin for ever or crash native code. Here that ends a process that nobody needs;
-the one that serves loads a release only after it has been loaded, warmed up and seen to answer here.
+the one that serves loads a release only after it has been loaded, warmed up and seen to answer here: as its acceptance
+bundle says, where it has one, and within that bundle's memory budget.
 
 The child is a fresh interpreter (`python -m device_sdk.rehearsal JOB`): a fork of a process with onnxruntime's threads
 is not safe. It hashes what it reads, says one short line of JSON, and is believed only about its own end.
@@ -26,8 +27,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from device_sdk.acceptance import LARGE, Exam, read
 from device_sdk.errors import ModelError, RehearsalError, ShortageError, UntrustedError
 from device_sdk.protocol import limits
+from device_sdk.protocol.arrays.acceptance import Acceptance
 from device_sdk.protocol.manifest import Manifest, digest
 from device_sdk.runtime import MEMORY_LIMIT, RuntimeOptions, is_starved, load
 from device_sdk.store import LoadedFiles
@@ -47,38 +50,56 @@ _ANSWER = 4_096
 
 @dataclass(frozen=True, slots=True)
 class Rules:
-    """`memory` in bytes beyond an empty interpreter, 0: by the manifest. `seconds`: for loading and two inferences."""
+    """`memory` in bytes beyond an empty interpreter, 0: by the manifest. `seconds`: for loading and for all calls."""
 
     memory: int = 0
     seconds: float = 300.0
 
-    def allowance(self, manifest: Manifest) -> int:
-        return self.memory or SLACK + (manifest.requires.memory or UNSAID + 8 * manifest.length)
+    def allowance(self, manifest: Manifest, budget: int = 0) -> int:
+        """`budget`: what its acceptance bundle grants, in bytes; it is measured, and this leaves room to measure."""
+        most = self.memory or SLACK + (manifest.requires.memory or UNSAID + 8 * manifest.length)
+        return min(most, SLACK + budget) if budget else most
 
 
-def rehearse(files: LoadedFiles, *, options: RuntimeOptions, rules: Rules, go_on: Callable[[], None]) -> None:
+def rehearse(
+    files: LoadedFiles,
+    *,
+    options: RuntimeOptions,
+    rules: Rules,
+    go_on: Callable[[], None],
+    bundle: Acceptance | None = None,
+) -> int | None:
     """Try a release. `go_on` is called while it is under way, and ends it by raising.
 
-    Raises ModelError (`memory_limit`, `test_timed_out`, `crashed_in_test`, or what loading it raised), ShortageError
-    where the device, not the release, had too little memory, RehearsalError where no process could be started, and
-    UntrustedError where the files are no longer those that were verified.
+    Returns the bytes that it took at most, beyond an empty interpreter (0: not known here), or None: it could not be
+    tried, as the log says.
+
+    Raises ModelError (`memory_limit`, `test_timed_out`, `crashed_in_test`, or what loading it and its acceptance bundle
+    raised), ShortageError where the device, not the release, had too little memory, RehearsalError where no process
+    could be started, and UntrustedError where the files are no longer those that were verified.
     """
     if reason := _cannot(options):
         log.warning("%s is not tried in a process of its own: %s", files.manifest.path, reason)
-        return
-    allowance, free = rules.allowance(files.manifest), free_memory()
+        return None
+    budget = bundle.budgets.memory if bundle else 0
+    allowance, free = rules.allowance(files.manifest, budget), free_memory()
     memory = allowance if free is None else min(allowance, free * 9 // 10)
     started = time.monotonic()
     with _child(_job(files, options, memory, rules.seconds), files.directory) as child:
         said = _listen(child, rules.seconds, go_on)
         status = child.wait()
     try:
-        _judge(said, status, memory)
+        took = _judge(said, status, memory)
     except ModelError as error:
         if error.code == MEMORY_LIMIT and memory < allowance:
             raise ShortageError(f"{error}; a release may take {allowance >> 20} MiB where they are free") from error
         raise
+    if took > budget > 0:
+        raise ModelError(
+            f"it takes {took / limits.MIB:.0f} MiB of memory; expected at most {budget / limits.MIB:.0f}", code=LARGE
+        )
     log.info("%s passed its test in %.1f s", files.manifest.path, time.monotonic() - started)
+    return took
 
 
 def _cannot(options: RuntimeOptions) -> str:
@@ -104,11 +125,13 @@ def _importable(made: Callable[[], Any]) -> str | None:
 
 
 def _job(files: LoadedFiles, options: RuntimeOptions, memory: int, seconds: float) -> str:
+    bundle = files.manifest.acceptance
     job = {  # absolute: the child stands in another directory
         "manifest": str(files.manifest_path.absolute()),
         "sha256": files.sha256,
         "entry": str(files.entry_path.absolute()),
         "in_memory": files.entry_bytes is not None,
+        "acceptance": bundle and [str(files.store.blob(bundle.sha256).absolute()), bundle.sha256],
         "memory": memory,
         "seconds": math.ceil(seconds + START_SECONDS),
         "threads": options.intra_op_threads or 1,  # a pool's stacks count as memory, on a machine of many cores
@@ -170,7 +193,8 @@ def _raise_late(said: bytes, seconds: float) -> None:
     raise ModelError(f"it did not load and answer twice within {seconds:g} s", code=TEST_TIMED_OUT)
 
 
-def _judge(said: bytes, status: int, memory: int) -> None:
+def _judge(said: bytes, status: int, memory: int) -> int:
+    """The bytes that it took, if it passed."""
     text = said.removeprefix(_READY)
     if not said.startswith(_READY):
         raise RehearsalError(f"the test's process ended with {status} before it began; `rehearse=False` does without")
@@ -180,7 +204,7 @@ def _judge(said: bytes, status: int, memory: int) -> None:
         raise ModelError("it did not load and answer in time", code=TEST_TIMED_OUT)
     try:
         answer = json.loads(text)
-        code, message = str(answer["code"])[:64], str(answer["message"])[:300]
+        code, message, took = str(answer["code"])[:64], str(answer["message"])[:300], int(answer["took"])
     except (ValueError, TypeError, KeyError, RecursionError):
         how = signal.Signals(-status).name if status < 0 else f"exit status {status}"
         raise ModelError(f"its test ended by {how}", code=CRASHED_IN_TEST) from None
@@ -190,6 +214,7 @@ def _judge(said: bytes, status: int, memory: int) -> None:
         raise UntrustedError(message, code=code)
     if code or status:
         raise ModelError(message, code=code or CRASHED_IN_TEST)
+    return took
 
 
 def free_memory() -> int | None:
@@ -236,9 +261,13 @@ def main(text: str) -> int:
         Path("/proc/self/oom_score_adj").write_text("1000")  # of all processes, this one may go
     data = _verified(Path(job["manifest"]), job["sha256"])
     manifest = Manifest.parse(data)
+    exam = Exam(read(_verified(Path(job["acceptance"][0]), job["acceptance"][1]))) if job["acceptance"] else None
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")  # the peak is of what follows
+    before = _status("VmRSS")
     _limit(job["memory"])
     os.write(out, _READY)
-    answer = _try(job, manifest, job["sha256"])
+    answer = {**_try(job, manifest, job["sha256"], exam), "took": max(_status("VmHWM") - before, 0)}
     os.write(out, json.dumps(answer).encode()[: _ANSWER - len(_READY)])
     os._exit(0)  # no destructors: a model that was read is done with
 
@@ -247,21 +276,22 @@ def _limit(memory: int) -> None:
     if sys.platform == "linux":
         import resource
 
-        most = _writable() + memory
+        most = (_status("VmData") or SLACK) + memory
         resource.setrlimit(resource.RLIMIT_DATA, (most, most))
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
         resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
 
 
-def _writable() -> int:
-    """What RLIMIT_DATA counts, in bytes, before the model is seen."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith("VmData:"):
-            return int(line.split()[1]) * 1024
-    return SLACK
+def _status(name: str) -> int:
+    """A figure about this process, in bytes: `VmData` is what RLIMIT_DATA counts. 0: not known here."""
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith(f"{name}:"):
+                return int(line.split()[1]) * 1024
+    return 0
 
 
-def _try(job: dict[str, Any], manifest: Manifest, sha: str) -> dict[str, str]:
+def _try(job: dict[str, Any], manifest: Manifest, sha: str, exam: Exam | None) -> dict[str, str]:
     try:
         entry: bytes | Path = Path(job["entry"])
         if job["in_memory"]:
@@ -269,7 +299,7 @@ def _try(job: dict[str, Any], manifest: Manifest, sha: str) -> dict[str, str]:
             entry = _verified(Path(job["entry"]), hashes[manifest.entry])
         providers = [tuple(each) if isinstance(each, list) else each for each in job["providers"]]
         options = RuntimeOptions(job["threads"], providers, _named(job["session_options"]))
-        load(manifest, sha256=sha, entry=entry, options=options)
+        load(manifest, sha256=sha, entry=entry, options=options, exam=exam)
     except ModelError as error:
         return {"code": error.code, "message": str(error)[:300]}
     except MemoryError:

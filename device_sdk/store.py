@@ -2,7 +2,7 @@
 
     blobs/<sha256>             appears only by rename, after the hash check and an fsync
     incoming/<sha256>.part     a download in progress; resumable, never loaded
-    manifests/<sha256>.json    the bytes that CI signed, named by their own hash; <sha256>.bad: rejected here, for ever
+    manifests/<sha256>.json    the bytes that CI signed, named by their own hash; <sha256>.bad: rejected, until forgiven
     loading/<n>/<file name>    hard links by which a runtime finds a release's files under their own names
     state.json                 {generation, models: {active, previous, trial, starts}} and a checksum
 
@@ -35,6 +35,7 @@ from device_sdk.protocol.names import check_model, check_sha256
 
 CHUNK = 1024 * 1024
 ENTRY_BYTES_LIMIT = 64 * limits.MIB  # above it, holding the file beside the session costs more than it protects
+_MARK_LIMIT = 4 * limits.KIB
 _STATE_LIMIT = 1024 * 1024
 _FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 _NO_LINKS = frozenset({errno.EPERM, errno.EOPNOTSUPP, errno.EMLINK, errno.EXDEV, errno.ENOSYS})
@@ -177,8 +178,11 @@ class Store:
             if generation:
                 self._generation, self._states = generation, states
 
-    def begin_trial(self, model: str, sha: str) -> None:
-        """Make `sha` what `current` answers, on trial. Raises unless it is whole, of this model and not rejected."""
+    def begin_trial(self, model: str, sha: str, *, starts: int = 0) -> None:
+        """Make `sha` what `current` answers, on trial. Raises unless it is whole, of this model and not rejected.
+
+        `starts`: processes that have begun to serve it and have not ended cleanly.
+        """
         with self._lock:
             if self.manifest(sha).path.model != model:
                 raise UntrustedError(f"{sha} is not a release of {model}", code="wrong_model")
@@ -186,7 +190,7 @@ class Store:
                 raise ModelError(f"{sha} was rejected on this device: {self.bad_reason(sha)}", code="bad_release")
             if not self.has(sha):
                 raise StorageError(f"cannot try {sha}: not all its files are here", code="missing")
-            self._switch(model, replace(self.state(model), trial=sha, starts=0))
+            self._switch(model, replace(self.state(model), trial=sha, starts=starts))
 
     def count_start(self, model: str) -> int:
         """Count one process start against the trial, durably, before it is loaded. 0 where there is no trial."""
@@ -206,15 +210,17 @@ class Store:
             previous = state.previous if state.active == state.trial else state.active
             self._switch(model, ModelState(active=state.trial, previous=previous))
 
-    def reject(self, model: str, sha: str, reason: str) -> None:
-        """Never run `sha` again, and switch back from it.
+    def reject(self, model: str, sha: str, reason: str, rollout: str = "") -> None:
+        """Never run `sha` again until it is forgiven, and switch back from it. `rollout`: by which it had come.
 
         The mark comes first: were the state switched first and lost later, recovery would take the rejected release
         for the newest good one.
         """
         with self._lock, _storage_errors(f"reject {sha}"):
             mark = self._manifests / f"{check_sha256(sha)}.bad"
-            self._write_durably(mark, reason.encode()[: limits.REASON_CHARS])
+            manifest = self._try_manifest(sha)
+            lines = [reason.replace("\n", " ")[: limits.REASON_CHARS], rollout, str(manifest.path) if manifest else ""]
+            self._write_durably(mark, "\n".join(lines).encode())
             state = _without(self.state(model), sha)
             if state != self.state(model):
                 self._switch(model, state)
@@ -223,10 +229,34 @@ class Store:
         return os.path.lexists(self._manifests / f"{check_sha256(sha)}.bad")
 
     def bad_reason(self, sha: str) -> str:
+        return self._mark(sha)[0]
+
+    def bad_path(self, sha: str) -> str:
+        """Which release it is: its manifest goes with the garbage, the mark stays."""
+        return self._mark(sha)[2]
+
+    def bad(self) -> list[str]:
+        """Every rejected manifest."""
+        with _storage_errors("list what was rejected"):
+            names = [name.removesuffix(".bad") for name in self._ops.names(self._manifests) if name.endswith(".bad")]
+        return [name for name in names if _is_sha(name)]
+
+    def bad_rollout(self, sha: str) -> str:
+        """By which rollout it had come when it was rejected; "": none, or an older SDK marked it."""
+        return self._mark(sha)[1]
+
+    def _mark(self, sha: str) -> tuple[str, str, str]:
+        """Reason, rollout, release. An older SDK wrote the reason alone."""
         with _storage_errors(f"read why {sha} is bad"):
-            return self._read(self._manifests / f"{check_sha256(sha)}.bad", limits.REASON_CHARS).decode(
-                errors="replace"
-            )
+            content = self._read(self._manifests / f"{check_sha256(sha)}.bad", _MARK_LIMIT)
+        lines = [*content.decode(errors="replace").split("\n"), "", ""]
+        return lines[0], lines[1], lines[2]
+
+    def forgive(self, sha: str) -> None:
+        """Lift a rejection: someone wants it tried once more. A cut leaves it rejected, or not."""
+        with self._lock, _storage_errors(f"forgive {sha}"):
+            self._ops.unlink(self._manifests / f"{check_sha256(sha)}.bad")
+            self._ops.sync_directory(self._manifests)
 
     def current(self, model: str, may: Callable[[str], bool] = lambda _: True) -> str | None:
         """What to run now: the trial, else active, else previous, else the newest manifest that is whole.
@@ -267,6 +297,11 @@ class Store:
         manifest = self._try_manifest(sha)
         return manifest is not None and all(self.has_blob(file) for file in manifest.files)
 
+    def has_all(self, sha: str) -> bool:
+        """As `has`, and the acceptance bundle too: without it a release may run, but is not tried."""
+        manifest = self._try_manifest(sha)
+        return manifest is not None and all(self.has_blob(file) for file in manifest.fetched)
+
     def has_blob(self, file: FileEntry) -> bool:
         try:
             status = os.lstat(self._blobs / file.sha256)
@@ -281,6 +316,18 @@ class Store:
         except OSError:
             return None
         return status.st_size if stat.S_ISREG(status.st_mode) else None
+
+    def blob(self, sha: str) -> Path:
+        """Where a blob lies. Whoever reads it hashes what they read."""
+        return self._blobs / check_sha256(sha, "blob")
+
+    def read_blob(self, file: FileEntry) -> bytes:
+        """A small file, hashed just now. One that was changed is deleted, so that it is fetched again."""
+        with self._lock, _storage_errors(f"read {file.name}"):
+            data = self._read(self.blob(file.sha256), file.length)
+            if digest(data) != file.sha256:
+                self._drop(file, digest(data))
+            return data
 
     def open_blob(self, sha: str) -> BinaryIO:
         """A blob to read from. Not hashed: whatever is made of it must be."""
@@ -389,7 +436,7 @@ class Store:
         with self._lock, _storage_errors("collect garbage"):
             kept = self._kept()
             blobs = {f.sha256 for sha in kept for f in self._files_of(sha)}
-            expected = blobs | {file.sha256 for manifest in wanted for file in manifest.files}
+            expected = blobs | {file.sha256 for manifest in wanted for file in manifest.fetched}
             self._sweep(self._blobs, expected)
             self._sweep(self._incoming, {f"{sha}.part" for sha in expected | self._spared})
             marks = {name for name in self._ops.names(self._manifests) if name.endswith(".bad")}
@@ -471,7 +518,7 @@ class Store:
 
     def _files_of(self, sha: str) -> tuple[FileEntry, ...]:
         manifest = self._try_manifest(sha)
-        return manifest.files if manifest else ()
+        return manifest.fetched if manifest else ()
 
     def _is_sound(self, sha: str) -> bool:
         manifest = self._try_manifest(sha)
@@ -571,6 +618,13 @@ def _without(state: ModelState, sha: str) -> ModelState:
     if state.previous == sha:
         state = replace(state, previous=None)
     return state
+
+
+def _is_sha(name: str) -> bool:
+    try:
+        return bool(check_sha256(name))
+    except ProtocolError:
+        return False
 
 
 def _chunks(file: BinaryIO, limit: int | None = None) -> Iterator[bytes]:

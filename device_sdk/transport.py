@@ -27,7 +27,7 @@ from requests.structures import CaseInsensitiveDict
 from urllib3.connection import HTTPConnection, HTTPSConnection
 from urllib3.connectionpool import HTTPConnectionPool, HTTPSConnectionPool
 from urllib3.exceptions import HTTPError
-from urllib3.util import parse_url
+from urllib3.util import SKIP_HEADER, parse_url
 
 from device_sdk.errors import TransferError, UnauthorizedError, UntrustedError
 from device_sdk.protocol import limits
@@ -42,6 +42,8 @@ _PORTS = {"http": 80, "https": 443}
 _REPEATS = frozenset({307, 308})  # redirects that keep method and body
 _REDIRECTS = frozenset({301, 302, 303}) | _REPEATS
 _FAULTS = (requests.RequestException, HTTPError, HTTPException, OSError, ValueError)
+
+UNSAID = SKIP_HEADER  # as `Accept-Encoding`: leave it out. A compressed answer is refused all the same
 
 Body = bytes | BinaryIO | None
 
@@ -199,7 +201,8 @@ class Transport:
             _ends_at.reset(marker)
 
     def _headers(self, url: str, exchange: "_Exchange") -> dict[str, str]:
-        headers = {"User-Agent": "fleet-device", **exchange.headers, "Accept-Encoding": "identity"}
+        encoding = UNSAID if exchange.headers.get("Accept-Encoding") == UNSAID else "identity"
+        headers = {"User-Agent": "fleet-device", **exchange.headers, "Accept-Encoding": encoding}
         headers = {name: value for name, value in headers.items() if name.lower() != "authorization"}
         if exchange.authorise and self._credential and _origin_of(url) == self._origin:
             headers["Authorization"] = f"Bearer {self._credential}"
@@ -315,6 +318,7 @@ class _Adapter(HTTPAdapter):
 
 def _new_session() -> requests.Session:
     session = requests.Session()
+    session.headers.clear()  # `Accept: */*` and `Connection: keep-alive` say what is so without them
     session.mount("http://", _Adapter())
     session.mount("https://", _Adapter())
     return session

@@ -3,18 +3,22 @@
 Pure: no IO, no clock, no randomness. `install.py` does what the states say and persists each step before it is told.
 """
 
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 
+from device_sdk.comparison import Compared, compare, is_asked, is_worth_waiting
+from device_sdk.counts import Counts
 from device_sdk.protocol import events
 from device_sdk.protocol.assignment import Probation
 from device_sdk.protocol.cohorts import jitter
 from device_sdk.protocol.names import ReleasePath
 
 EARLY_CALLS = 5  # a probation may be failed after so many calls, it need not wait for all of them
-MAX_STARTS = 2  # a release on trial that is started so often without a verdict has taken the process down twice
+MAX_STARTS = 2  # a release on trial whose process ended so often without a word is not started once more
 MAX_TESTS = 2  # likewise a release whose test came to no end so often
 MAX_DELAY = 3_600.0  # seconds; nothing is retried less often than this
+NOTHING = Counts()
 
 
 class State(StrEnum):
@@ -142,11 +146,13 @@ class Progress:
     tests: int = 0
     id: str = ""
     at: float = 0.0
+    held_at: float = 0.0  # unix seconds since when the program puts this release off; 0: it does not
 
     def about(self, sha256: str, release: ReleasePath | None, rollout: str) -> "Progress":
         """The same place in the lifecycle, turned to another release."""
         tests = self.tests if sha256 == self.sha256 else 0
-        return replace(self, sha256=sha256, release=release, rollout=rollout, tests=tests)
+        held_at = self.held_at if sha256 == self.sha256 else 0.0
+        return replace(self, sha256=sha256, release=release, rollout=rollout, tests=tests, held_at=held_at)
 
     def after(self, signal: Signal, reason: str = "") -> "Progress":
         state = step(self.state, signal)
@@ -155,7 +161,8 @@ class Progress:
             tests += 1
         elif self.state is State.TESTING and signal is not Signal.INTERRUPT:
             tests = 0  # it came to an end, good or bad
-        return replace(self, state=state, reason=reason, tests=tests)
+        held_at = self.held_at if state is State.WAITING and reason.startswith(Why.HELD) else 0.0
+        return replace(self, state=state, reason=reason, tests=tests, held_at=held_at)
 
     def says(self, other: "Progress") -> bool:
         """Whether both tell the same of the same release: then one report is enough."""
@@ -165,39 +172,33 @@ class Progress:
 
 
 @dataclass(frozen=True, slots=True)
-class Counts:
-    """What a release did. `checked`: calls whose outputs were looked at; `invalid`: those with NaN, inf or nothing.
-
-    `rejected` calls had wrong inputs, which is the caller's fault and no evidence. Latencies in microseconds.
-    """
-
-    calls: int = 0
-    errors: int = 0
-    checked: int = 0
-    invalid: int = 0
-    rejected: int = 0
-    p50: float = 0.0
-    p95: float = 0.0
-
-
-@dataclass(frozen=True, slots=True)
 class Verdict:
-    """The end of a probation: HEALTHY or UNHEALTHY, and why."""
+    """The end of a probation: HEALTHY or UNHEALTHY, and why. `detail`: how it compared with the release before."""
 
     signal: Signal
     reason: str = ""
+    detail: Mapping[str, float | str] = field(default_factory=dict)
 
 
-def judge(rules: Probation, counts: Counts, seconds: float) -> Verdict | None:
-    """Judge a release on trial for `seconds`. None: not yet. Failure is looked for before success."""
+def judge(rules: Probation, counts: Counts, seconds: float, baseline: Counts = NOTHING) -> Verdict | None:
+    """Judge a release on trial for `seconds`. None: not yet. Failure is looked for before success.
+
+    `baseline`: what the previous release did on this device. Where the rules ask for a comparison and it has done
+    enough, a trial goes on until the new one has done enough too.
+    """
     finished = counts.calls >= rules.calls and seconds >= rules.seconds
+    compared = compare(rules, counts, baseline) if is_asked(rules) else Compared()
     if finished or counts.calls >= min(rules.calls, EARLY_CALLS):
-        reason = _excess("error_rate", counts.errors, counts.calls, rules.max_error_rate) or _excess(
-            "invalid_rate", counts.invalid, counts.checked, rules.max_invalid_rate
+        reason = (
+            _excess("error_rate", counts.errors, counts.calls, rules.max_error_rate)
+            or _excess("invalid_rate", counts.invalid, counts.checked, rules.max_invalid_rate)
+            or compared.reason
         )
         if reason:
-            return Verdict(Signal.UNHEALTHY, reason)
-    return Verdict(Signal.HEALTHY) if finished else None
+            return Verdict(Signal.UNHEALTHY, reason, compared.detail)
+    if not finished or is_worth_waiting(rules, counts, baseline):
+        return None
+    return Verdict(Signal.HEALTHY, detail=compared.detail)
 
 
 def _excess(what: str, bad: int, total: int, allowed: float) -> str:
@@ -213,15 +214,3 @@ def backoff(device: str, failures: int, *, first: float, retry_after: float | No
     """
     delay = min(MAX_DELAY, first * 2.0 ** min(failures - 1, 20))
     return max(delay, min(retry_after or 0.0, MAX_DELAY)) * (1 + 0.25 * jitter(device, "backoff"))
-
-
-def older(version: str, floor: str) -> bool:
-    """Whether a dotted `version` is below `floor`. An empty floor is none; a part that is no number counts as 0."""
-    return bool(floor) and _numbers(version) < _numbers(floor)
-
-
-def _numbers(version: str) -> tuple[int, ...]:
-    parts = [int(part) if part.isdigit() else 0 for part in version.split(".")]
-    while parts and parts[-1] == 0:
-        parts.pop()
-    return tuple(parts)

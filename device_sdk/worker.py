@@ -14,10 +14,12 @@ from device_sdk.install import Clock, Installer
 from device_sdk.journal import Journal
 from device_sdk.outbox import Outbox
 from device_sdk.protocol import events, fields, limits
+from device_sdk.protocol.abilities import Abilities
 from device_sdk.protocol.cohorts import jitter
 from device_sdk.protocol.errors import ProtocolError
 from device_sdk.protocol.events import EventPost
 from device_sdk.protocol.polls import (
+    DEFAULT_INTERVAL,
     EVENTS,
     INTERVAL_HEADER,
     POLL,
@@ -27,8 +29,10 @@ from device_sdk.protocol.polls import (
     Tag,
     running_digest,
 )
+from device_sdk.slot import told
 from device_sdk.spool import Spool
-from device_sdk.updater import Counts, Progress, Why, backoff
+from device_sdk.transport import UNSAID
+from device_sdk.updater import Progress, Why, backoff
 from device_sdk.uploader import Client, Report, Uploader
 
 log = logging.getLogger("device_sdk")
@@ -37,6 +41,7 @@ SHORTEST, LONGEST = 1.0, 86_400.0  # seconds between polls, whatever the server 
 FIRST_POLL_WITHIN = 10.0  # seconds: a fleet that gets its power back at once must not arrive at once
 FIRST_RETRY = 2.0  # after no answer at all; a server that did answer is left alone for an interval
 REPEAT_REFUSAL = 3_600.0
+NOTE_EVERY = 3_600.0  # seconds between two writings of what the releases did; a power cut costs that much
 RETURN_AFTER = 3_600.0  # seconds after which a device that was turned away asks again: a 401 is not signed
 _DEADLINE = 60.0
 _ANSWER = 64 * limits.KIB
@@ -113,6 +118,7 @@ class Context:
 
     device: str
     sdk: str
+    abilities: Abilities
     client: Client
     trust: Trusted
     outbox: Outbox
@@ -225,7 +231,7 @@ class Poller:
         held = view.version if view and not self._is_refusing() else 0
         tag = Tag(held, running_digest(self._it.runs()))
         path = f"{POLL}?{ROOT_PARAMETER}={self._it.trust.root_version}"
-        headers = {"If-None-Match": str(tag)}
+        headers = {"If-None-Match": str(tag), "Accept-Encoding": UNSAID}  # said, it would be a tenth of a poll
         try:
             answer = self._it.client.request("GET", path, headers=headers, limit=limits.BUNDLE, deadline=_DEADLINE)
             self._end_exile()
@@ -280,7 +286,7 @@ class Poller:
     def _heed(self, headers: Mapping[str, str]) -> None:
         self.last_answer = self._it.clock.now()
         self._want_runs = self._want_runs or headers.get(WANT_HEADER) == "runs"
-        said = headers.get(INTERVAL_HEADER, "")
+        said = headers.get(INTERVAL_HEADER, DEFAULT_INTERVAL)
         if said.isdecimal():
             self.interval = min(max(float(said[:10]), SHORTEST), LONGEST)
         elif said:
@@ -288,7 +294,7 @@ class Poller:
 
     def _post(self) -> None:
         pending = self._it.outbox.pending()
-        post = EventPost(pending.events, self._it.runs(), self._it.sdk, pending.dropped)
+        post = EventPost(pending.events, self._it.runs(), self._it.sdk, pending.dropped, self._it.abilities)
         headers = {"Content-Type": "application/json"}
         body = fields.canonical(post.to_json())
         try:
@@ -338,8 +344,9 @@ class Worker:
         self._uploading = threading.Lock()
         self._next_poll = 0.0
         self._next_health = 0.0
+        self._noted_at = context.clock.monotonic()
         self._upload_failures = 0
-        self._told: dict[str, tuple[object, Counts]] = {}
+        self._told: dict[str, tuple[str, int, int]] = {}
         self._poll_loop = Loop("fleet-poll", self._poll_step)
         self._install_loop = Loop("fleet-install", self._install_step)
         self._upload_loop = Loop("fleet-upload", self._upload_step)
@@ -476,7 +483,9 @@ class Worker:
             self._poll_loop.wake()
 
     def _tell_health(self) -> None:
-        """Counters since the last time, for each model that was called."""
+        """Counters of each model that was called since the last time: sums since it was loaded, so that a lost event
+        loses nothing.
+        """
         self.spool.count_missed(self._it.missed())
         waiting, dropped = self.spool.waiting(), self.spool.dropped()
         for model, installer in self._it.installers.items():
@@ -484,13 +493,18 @@ class Worker:
             if loaded is None:
                 continue
             counts = loaded.stats.counts()
-            before = self._told.get(model)
-            since = before[1] if before and before[0] is loaded.stats else Counts()
-            self._told[model] = (loaded.stats, counts)
-            if (counts.calls, counts.rejected) != (since.calls, since.rejected):
+            now = (loaded.load, counts.calls, counts.rejected)
+            if now[1:] != (0, 0) and now != self._told.get(model):
+                self._told[model] = now
                 about = Progress(model, release=loaded.path, rollout=installer.progress.rollout)
-                detail = _health(counts, since, waiting.get(model, 0), dropped.get(model, 0))
+                samples = {"samples_waiting": waiting.get(model, 0), "samples_dropped": dropped.get(model, 0)}
+                detail = told(loaded, counts, installer.seconds()) | samples
                 self._it.journal.note(events.HEALTH, about, detail=detail)
+        now_at = self._it.clock.monotonic()
+        if now_at - self._noted_at >= NOTE_EVERY:
+            self._noted_at = now_at
+            for installer in self._it.installers.values():
+                installer.note_counts()
 
 
 @dataclass(frozen=True)
@@ -501,15 +515,6 @@ class Settings:
     health_seconds: float = 60.0
     upload_seconds: float = 60.0
     look_seconds: float = 30.0
-
-
-def _health(now: Counts, since: Counts, waiting: int, dropped: int) -> dict[str, float | str]:
-    """Counts are of the time since the last health event, so they may be added up. Latencies in microseconds."""
-    names = ("calls", "errors", "checked", "invalid", "rejected")
-    detail: dict[str, float | str] = {name: getattr(now, name) - getattr(since, name) for name in names}
-    return {
-        **detail, "p50_us": now.p50, "p95_us": now.p95, "samples_waiting": waiting, "samples_dropped": dropped,
-    }  # fmt: skip
 
 
 def _is_poison(error: TransferError) -> bool:

@@ -74,14 +74,19 @@ def dialog(title: str, description: str, submit: str, form: type[BaseDialogForm]
     return ActionDialog(title=title, description=description, form_class=form, form_submit_text=submit)
 
 
-def perform(request: HttpRequest, act: Callable[[], object], *, done: str, then: str) -> HttpResponse:
-    """Call a service for a person: what it refuses is shown to them. Leads on to the address `then`."""
+def perform(
+    request: HttpRequest, act: Callable[[], object], *, done: str | Callable[[Any], str], then: str
+) -> HttpResponse:
+    """Call a service for a person: what it refuses is shown to them. Leads on to the address `then`.
+
+    `done` may depend on what the service gave back.
+    """
     try:
-        act()
+        result = act()
     except (FleetError, ProtocolError) as error:
         messages.error(request, str(error))
     else:
-        messages.success(request, done)
+        messages.success(request, done if isinstance(done, str) else done(result))
     return leave_dialog(request, then)
 
 

@@ -19,14 +19,14 @@ from django.utils.timesince import timesince
 STATE_COLOURS = {
     "active": "success", "pending": "warning", "revoked": "danger",
     "withdrawn": "", "validating": "info", "valid": "success", "invalid": "danger",
-    "draft": "", "awaiting_approval": "warning", "running": "info", "paused": "warning", "halted": "danger",
-    "cancelled": "", "completed": "success",
+    "draft": "", "awaiting_approval": "warning", "scheduled": "info", "running": "info", "paused": "warning",
+    "halted": "danger", "cancelled": "", "completed": "success",
     "updating": "info", "committed": "success", "failed": "danger", "rolled_back": "danger", "refused": "danger",
     "refusing": "danger", "accepted": "success",
     "waiting": "warning", "downloading": "info", "verifying": "info", "testing": "info", "activating": "info",
     "probation": "info", "health": "",
     "announced": "info", "received": "info", "ingested": "success", "rejected": "danger",
-    "ready": "success", "useless": "",
+    "ready": "success", "useless": "", "sent": "success", "dead": "danger",
 }  # fmt: skip
 
 
@@ -88,8 +88,12 @@ def json_block(text: str) -> str:
 
 def state(value: str, words: str = "") -> str:
     """A state as unfold's label, in its colour."""
-    context = {"text": words or value.replace("_", " "), "type": STATE_COLOURS.get(value, ""), "size": "md"}
-    return render_to_string("unfold/helpers/label.html", context)
+    return label(words or value.replace("_", " "), STATE_COLOURS.get(value, ""))
+
+
+def label(text: str, colour: str) -> str:
+    """Unfold's label, in one of its colours."""
+    return render_to_string("unfold/helpers/label.html", {"text": text, "type": colour, "size": "md"})
 
 
 def size(number: float) -> str:
@@ -99,6 +103,14 @@ def size(number: float) -> str:
             return f"{number:.0f} {unit}" if unit == "B" or number >= 100 else f"{number:.1f} {unit}"
         number /= 1000
     return f"{number:.1f} TB"
+
+
+def span(seconds: float) -> str:
+    """`90 s`, `2 h`, `7 d`."""
+    for unit, length in (("d", 86_400), ("h", 3_600), ("min", 60)):
+        if seconds >= length:
+            return f"{seconds / length:.3g} {unit}"
+    return f"{seconds:g} s"
 
 
 def clock(minute: int) -> str:
@@ -117,9 +129,11 @@ def chips(labels: Iterable[str]) -> str:
     return SafeString(" ".join(parts)) if parts else "-"
 
 
+def selector(text: str) -> str:
+    """A label selector as it is written."""
+    return format_html('<code class="fleet-code">{}</code>', text) if text else "every device"
+
+
 def label_chips(labels: dict[str, Any]) -> str:
-    """`site=north` tags of a label mapping, or of a selector (a list of allowed values)."""
-    return chips(
-        f"{key}={'|'.join(map(str, value)) if isinstance(value, list) else value}"
-        for key, value in sorted(labels.items())
-    )
+    """`site=north` tags of a label mapping."""
+    return chips(f"{key}={value}" for key, value in sorted(labels.items()))

@@ -49,6 +49,7 @@ VIEW_RENEW_BEFORE = timedelta(hours=12)
 
 # --- devices -----------------------------------------------------------------------------------------------------
 POLL_INTERVAL: float = env.float("FLEET_POLL_INTERVAL", 300.0)  # seconds between polls, told to every device
+FAST_POLL: bool = env.bool("FLEET_FAST_POLL", True)  # answer idle polls from memory; off: Django answers them all
 LAST_SEEN_FLUSH: float = env.float("FLEET_LAST_SEEN_FLUSH", 1.0)  # seconds that last-seen marks wait in memory
 
 # --- uploads and validation --------------------------------------------------------------------------------------
@@ -138,6 +139,8 @@ CELERY_BEAT_SCHEDULE: dict[str, dict[str, Any]] = {
     "feedback-retention": {"task": "fleet.feedback.tasks.retention", "schedule": crontab(hour="4", minute="30")},
     "audit-seal": {"task": "fleet.audit.tasks.seal", "schedule": SWEEP_SECONDS},
     "spread-history": {"task": "fleet.devices.tasks.record_spread", "schedule": SWEEP_SECONDS},
+    "notices-sweep": {"task": "fleet.notices.tasks.sweep", "schedule": SWEEP_SECONDS},
+    "notices-retention": {"task": "fleet.notices.tasks.retention", "schedule": crontab(hour="4", minute="50")},
     "device-retention": {"task": "fleet.devices.tasks.retention", "schedule": crontab(hour="4", minute="10")},
 }
 for _entry in CELERY_BEAT_SCHEDULE.values():
@@ -164,6 +167,7 @@ INSTALLED_APPS = [
     "django_prometheus",
     "fleet.audit",
     "fleet.accounts",
+    "fleet.notices",
     "fleet.devices",
     "fleet.releases",
     "fleet.trust",
@@ -240,6 +244,25 @@ LIMIT_ENROL_ADDRESS: str = env.str("FLEET_LIMIT_ENROL_ADDRESS", "30/10 minutes")
 # Refused enrolments by one token: used up, expired, name taken. So a leaked or spent token costs little.
 LIMIT_ENROL_TOKEN: str = env.str("FLEET_LIMIT_ENROL_TOKEN", "100/1 minute")
 LIMIT_API_TOKEN: str = env.str("FLEET_LIMIT_API_TOKEN", "30/10 minutes")  # different wrong API tokens from one address
+
+# --- people ------------------------------------------------------------------------------------------------------
+# Models whose rollouts start only with the approval of somebody else than their author; * in a name stands for any
+# characters, so * is every model.
+APPROVAL: list[str] = env.list("FLEET_APPROVAL", [])
+# Actions of people that need a comment, by their names in the audit trail: rollout.cancel, device.pinned; or *.
+COMMENTS: list[str] = env.list("FLEET_COMMENTS", [])
+
+# --- notices -----------------------------------------------------------------------------------------------------
+# Lets webhooks go to private and loopback addresses, and without TLS. For a receiver in your own network: everybody
+# who may subscribe can then make this server post to any address that it reaches.
+WEBHOOK_PRIVATE: bool = env.bool("FLEET_WEBHOOK_PRIVATE", False)
+EMAIL_HOST: str = env.str("FLEET_EMAIL_HOST", "")  # the mail server; empty: no notices by e-mail
+EMAIL_PORT: int = env.int("FLEET_EMAIL_PORT", 587)  # of the mail server
+EMAIL_HOST_USER: str = env.str("FLEET_EMAIL_USER", "")  # to log in there; empty: without
+EMAIL_HOST_PASSWORD: str = env.str("FLEET_EMAIL_PASSWORD", "")  # of that user
+EMAIL_USE_TLS: bool = env.bool("FLEET_EMAIL_STARTTLS", True)  # STARTTLS, as on port 587
+EMAIL_TIMEOUT = 15
+DEFAULT_FROM_EMAIL: str = env.str("FLEET_EMAIL_FROM", "fleet@localhost")  # the sender of notices
 
 # --- logs and metrics --------------------------------------------------------------------------------------------
 LOG_JSON: bool = env.bool("FLEET_LOG_JSON", PRODUCTION)  # one JSON object a line instead of text

@@ -18,9 +18,11 @@ from device_sdk.protocol.events import Event, EventPost
 from device_sdk.protocol.names import ReleasePath
 from device_sdk.protocol.polls import Tag, running_digest
 from fleet.accounts.services import OPERATORS, VIEWERS, create_token
-from fleet.devices import credentials
+from fleet.devices import credentials, selection
 from fleet.devices.models import Device, EnrolmentToken, Group, RunningSet
 from fleet.devices.services import create_token as create_enrolment_token
+from fleet.notices import services as notices
+from fleet.notices.models import Delivery, Subscription
 from fleet.releases.models import Model, Release, Variant
 from fleet.rollouts import services as rollouts
 from fleet.rollouts.models import Rollout
@@ -63,7 +65,7 @@ def devices(number: int, **more: Any) -> list[Device]:
 
 
 def group(name: str = "berlin", **selector: list[str]) -> Group:
-    return Group.objects.create(name=name, selector=selector or {"site": ["berlin"]})
+    return Group.objects.create(name=name, selector=str(selection.chosen(selector or {"site": ["berlin"]})))
 
 
 def enrolment_token(**more: Any) -> tuple[EnrolmentToken, str]:
@@ -104,6 +106,17 @@ def completed(target: Release, **more: Any) -> Rollout:
     rollouts.snapshots.bump()
     started.refresh_from_db()
     return started
+
+
+def subscription(name: str = "ops", url: str = "https://hooks.example.org/fleet", *events: str) -> Subscription:
+    return notices.subscribe(name=name, kind="webhook", target=url, events=events, actor="ann")[0]
+
+
+def delivery() -> Delivery:
+    """One that was given up."""
+    notices.send_test(subscription=subscription())
+    Delivery.objects.update(state=Delivery.State.DEAD, error="answered 500")
+    return Delivery.objects.get()
 
 
 def user(name: str, *, groups: Sequence[str] = ()) -> User:

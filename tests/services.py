@@ -78,6 +78,19 @@ class S3:
 
 @pytest.fixture(scope="session")
 def postgres() -> Iterator[Postgres]:
+    with postgres_server() as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def mortal_postgres() -> Iterator[Postgres]:
+    """One more, which may be crashed without harm to others."""
+    with postgres_server() as server:
+        yield server
+
+
+@contextmanager
+def postgres_server() -> Iterator[Postgres]:
     with temporary_folder("pg") as folder, pytest.MonkeyPatch.context() as patch:
         (folder / "python_PostgresServer").mkdir()  # its lock; else in /tmp, where another user's may be
         patch.setenv("XDG_RUNTIME_DIR", str(folder))

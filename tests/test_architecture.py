@@ -12,26 +12,35 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
+DECIDING = ("policy", "facts", "variants", "stages", "explaining", "guards", "quality", "betting")  # of rollouts
 PURE = [
     *sorted((ROOT / "device_sdk" / "protocol").rglob("*.py")),
     ROOT / "device_sdk" / "updater.py",
+    ROOT / "device_sdk" / "counts.py",
+    ROOT / "device_sdk" / "comparison.py",
     ROOT / "device_sdk" / "sampling.py",
-    ROOT / "fleet" / "rollouts" / "policy.py",
+    *(ROOT / "fleet" / "rollouts" / f"{name}.py" for name in DECIDING),
+    ROOT / "fleet" / "devices" / "selection.py",
 ]
 # What decides without IO, clock, chance or Django may be made of these. Typing aside, `datetime` gives types only.
 INNOCENT = {
     "__future__", "base64", "binascii", "bisect", "bz2", "collections", "collections.abc", "dataclasses", "datetime",
-    "decimal", "enum", "fractions", "functools", "hashlib", "heapq", "hmac", "itertools", "json", "lzma", "math",
-    "numbers", "numpy", "numpy.typing", "operator", "random", "re", "statistics", "string", "struct", "types",
-    "typing", "unicodedata", "urllib.parse", "uuid", "zlib",
+    "contextlib", "decimal", "enum", "fractions", "functools", "hashlib", "heapq", "hmac", "io", "itertools", "json",
+    "lzma", "math", "numbers", "numpy", "numpy.lib", "numpy.typing", "operator", "random", "re", "statistics", "string",
+    "struct", "tokenize", "types", "typing", "unicodedata", "urllib.parse", "uuid", "zipfile", "zlib",
 }  # fmt: skip
-PURE_OURS = ("device_sdk.protocol", "device_sdk.updater", "device_sdk.sampling")
+PURE_OURS = (
+    "device_sdk.protocol", "device_sdk.updater", "device_sdk.counts", "device_sdk.comparison", "device_sdk.sampling",
+    "fleet.devices.selection", "fleet.errors", *(f"fleet.rollouts.{name}" for name in DECIDING),
+)  # fmt: skip
 # Names that reach the clock, the disk or global chance even from an innocent module.
 IMPURE_CALLS = {
     "open", "print", "input", "exec", "eval", "__import__", "datetime.now", "datetime.utcnow", "datetime.today",
     "date.today", "uuid.uuid1", "uuid.uuid4", "random.random", "random.randint", "random.choice", "random.choices",
     "random.shuffle", "random.sample", "random.uniform", "random.seed", "random.randrange", "random.getrandbits",
     "random.SystemRandom", "np.random", "numpy.random", "bz2.open", "bz2.BZ2File", "lzma.open", "lzma.LZMAFile",
+    "io.open", "io.FileIO", "tokenize.open", "zipfile.Path", "np.load", "np.save", "np.savez", "np.fromfile",
+    "np.memmap",
 }  # fmt: skip
 CHECKING = re.compile(r"(^|\.)_?(assert|expect|check|verify|raises|warns|deprecated_call|fail)(_\w*|[a-z]*)?$")
 

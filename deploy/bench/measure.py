@@ -50,10 +50,11 @@ class Scale:
     swaps: int
     layer: int  # width of the hot-swapped model; its bytes are about 8 times the square
     switches: int
+    devices: int  # of the large fleet
 
 
-FULL = Scale(rounds=41, calls=2_000, requests=30, swaps=12, layer=2_048, switches=200)
-TINY = Scale(rounds=1, calls=20, requests=2, swaps=1, layer=64, switches=2)
+FULL = Scale(rounds=41, calls=2_000, requests=30, swaps=12, layer=2_048, switches=200, devices=1_000_000)
+TINY = Scale(rounds=1, calls=20, requests=2, swaps=1, layer=64, switches=2, devices=50)
 
 
 def interleaved(

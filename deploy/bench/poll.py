@@ -1,90 +1,168 @@
-"""CPU of an idle poll through the real WSGI application, beside a view that does nothing and one done by the book."""
+"""CPU of an idle poll in granian, beside the same server's hello world and a poll done by the book; at three sizes."""
 
-import io
+import json
+import os
+import re
+import socket
+import statistics
+import subprocess
 import sys
-from functools import partial
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from itertools import cycle
 from pathlib import Path
-from typing import Any
 
-from deploy.bench.measure import Row, Scale, Section, interleaved
-from deploy.bench.server import Server, add_idle_fleet
-from device_sdk.protocol import polls
+from deploy.bench.measure import Row, Scale, Section
+from deploy.bench.server import Server
+from deploy.bench.wire import granian
 
-WRAPPER = 22.0  # us, of the prototype that answers before Django
-BAR = f"{WRAPPER:g} us (prototype)"
+ROOT = Path(__file__).resolve().parent.parent.parent
+CONNECTIONS = 8
+TURNS = 11
 NOTES = (
-    "In one process, without HTTP parsing, on SQLite in a temporary file: PostgreSQL costs more per query.",
-    "CPU of all threads, so ours includes the one that writes last-seen marks each second.",
-    "The bar is an answer before Django, still to be built; today the poll is a Django view behind all middleware.",
+    "CPU of granian with all its threads, so HTTP, looks at the change log and the flush of last-seen marks included.",
+    "SQLite. Up to 20,000 different devices poll over 8 kept connections, one poll at a time on each.",
+    "The plain poll is DRF with its token look-up, the ORM and an UPDATE, through the same middleware and server.",
+    "100 rollouts: 99 that admit a tenth of a percent each stand before the one that admits all.",
 )
 
 
-class Caller:
-    """Calls the application as a WSGI server does, response closed, and checks what came."""
+@dataclass
+class Target:
+    """A server that answers, and what is asked of it."""
 
-    def __init__(self, application: Any, path: str, expected: int, **headers: str) -> None:
-        self._application = application
-        self._expected = str(expected)
-        self.headers: dict[str, str] = {}
-        self.environ = {
-            "REQUEST_METHOD": "GET", "PATH_INFO": path, "QUERY_STRING": "root=1", "SCRIPT_NAME": "",
-            "SERVER_NAME": "127.0.0.1", "SERVER_PORT": "8000", "SERVER_PROTOCOL": "HTTP/1.1",
-            "REMOTE_ADDR": "127.0.0.1", "HTTP_HOST": "127.0.0.1:8000", "wsgi.version": (1, 0),
-            "wsgi.input": io.BytesIO(), "wsgi.errors": sys.stderr, "wsgi.url_scheme": "http",
-            "wsgi.multithread": True, "wsgi.multiprocess": True, "wsgi.run_once": False, **headers,
-        }  # fmt: skip
+    port: int
+    pid: int
+    requests: Iterator[bytes]
+    expected: bytes
 
-    def __call__(self) -> None:
-        response = self._application(dict(self.environ), self._start)
-        b"".join(response)
-        response.close()
+    def __post_init__(self) -> None:
+        self._connections = [socket.create_connection(("127.0.0.1", self.port), 20) for _ in range(CONNECTIONS)]
 
-    def _start(self, status: str, headers: list[tuple[str, str]], *_: object) -> None:
-        if not status.startswith(self._expected):
-            raise RuntimeError(f"{self.environ['PATH_INFO']}: expected {self._expected}; got {status}")
-        self.headers = dict(headers)
+    def turn(self, calls: int) -> float:
+        """CPU microseconds of the server for each call."""
+        before = _cpu(self.pid)
+        for _ in range(max(1, calls // CONNECTIONS)):
+            for connection in self._connections:
+                connection.sendall(next(self.requests))
+            for connection in self._connections:
+                self._receive(connection)
+        return (_cpu(self.pid) - before) / (max(1, calls // CONNECTIONS) * CONNECTIONS) / 1_000
+
+    def until_from_memory(self, number: int) -> None:
+        """Every device has polled, and is answered without Django; which says so in its Server header."""
+        for _ in range(100):
+            time.sleep(0.3)
+            answers = [self.ask(next(self.requests)) for _ in range(10)]
+            if all(b"server: Fleet\r\n" in answer for answer in answers):
+                break
+        else:
+            raise RuntimeError(f"the table is not used: {answers[-1]!r}")
+        self.turn(number)
+
+    def ask(self, request: bytes) -> bytes:
+        self._connections[0].sendall(request)
+        return self._receive(self._connections[0])
+
+    def _receive(self, connection: socket.socket) -> bytes:
+        answer = connection.recv(4_096)
+        while not answer.endswith((b"\r\n\r\n", b"hello")) and b"\r\n\r\n" not in answer:
+            answer += connection.recv(4_096)
+        if not answer.startswith(self.expected):
+            raise RuntimeError(f"expected {self.expected!r}; got {answer[:300]!r}")
+        return answer
 
 
-def measure(_folder: Path, scale: Scale, server: Server) -> Section:
-    callers = _callers(add_idle_fleet(server))
-    spent = interleaved(callers, rounds=scale.rounds, calls=scale.requests)
-    ours, hello, plain = (spent[name] for name in ("ours", "hello", "plain"))
-    queries = {name: _queries(callers[name]) for name in ("ours", "plain")}
+def measure(folder: Path, scale: Scale, _server: Server) -> Section:
+    sizes = {"few": (1_000, 1), "many": (scale.devices, 1), "rollouts": (1_000, 100)}
+    if scale.devices < 1_000:
+        sizes = {"few": (scale.devices, 3)}  # it proves that it runs
+    with ExitStack() as stack:
+        fleets = {name: stack.enter_context(_fleet(folder / name, *size)) for name, size in sizes.items()}
+        few = fleets["few"]
+        targets = {
+            "hello": few.target(few.hello, b"HTTP/1.1 200"),
+            "plain": few.target([few.plain], b"HTTP/1.1 304"),
+            **{name: fleet.target(fleet.polls, b"HTTP/1.1 304") for name, fleet in fleets.items()},
+        }
+        for name, fleet in fleets.items():
+            targets[name].until_from_memory(len(fleet.polls))
+        spent = _spent(targets, scale)
+        size, devices = fleets.get("many", few).table()
+    few_us, many, crowd = spent["few"], spent.get("many", spent["few"]), spent.get("rollouts", spent["few"])
+    hello, plain = spent["hello"], spent["plain"]
     return Section("An idle poll, answered 304", [
-        Row("CPU of a poll", ours, "us", hello, "hello world, same middleware", BAR, ours <= WRAPPER),
-        Row("CPU of a poll", ours, "us", plain, "DRF, token look-up, ORM, UPDATE"),
-        Row("CPU of the plain DRF poll", plain, "us", hello, "hello world, same middleware"),
-        Row("SQL queries of a poll", queries["ours"], "queries", queries["plain"], "DRF, token look-up, ORM, UPDATE"),
+        Row("CPU of a poll", few_us, "us", hello, "hello world, same server", "<= 1.6 x", few_us <= 1.6 * hello),
+        Row("CPU of a poll", few_us, "us", plain, "DRF, token look-up, ORM, UPDATE", ">= 40 times cheaper",
+            plain >= 40 * few_us),
+        Row(f"with {scale.devices:,} devices", many, "us", few_us, "with 1,000", "<= 1.1 x", many <= 1.1 * few_us),
+        Row("with 100 rollouts", crowd, "us", few_us, "with 1", "<= 1.5 x", crowd <= 1.5 * few_us),
+        Row(f"memory of the table, {devices:,} devices", size / devices, "B a device", 2, "a cohort alone"),
     ], NOTES)  # fmt: skip
 
 
-def _callers(device: Any) -> dict[str, Caller]:
-    from fleet.devices import credentials
-    from fleet.wsgi import application
-
-    bearer = f"Bearer {credentials.credential_for(device)}"
-    first = Caller(application, polls.POLL, 200, HTTP_AUTHORIZATION=bearer)
-    first()
-    tag = polls.Tag(polls.Tag.parse(first.headers["ETag"]).view, device.runs.digest)
-    ours = partial(Caller, application, HTTP_IF_NONE_MATCH=str(tag))
-    return {
-        "hello": ours("/bench/hello", 200),
-        "plain": ours("/bench/poll", 304, HTTP_AUTHORIZATION=f"Token {_token(device.name)}"),
-        "ours": ours(polls.POLL, 304, HTTP_AUTHORIZATION=bearer),
-    }
+def _spent(targets: dict[str, Target], scale: Scale) -> dict[str, float]:
+    """Median of the turns, each target's in every round."""
+    turns: dict[str, list[float]] = {name: [] for name in targets}
+    for number in range(min(TURNS, scale.rounds) + 1):
+        for name, target in targets.items():
+            spent = target.turn(scale.calls // (20 if name == "plain" else 1) * 2)
+            if number:
+                turns[name].append(spent)
+    return {name: statistics.median(values) for name, values in turns.items()}
 
 
-def _token(name: str) -> str:
-    from django.contrib.auth.models import User
-    from rest_framework.authtoken.models import Token
+@dataclass
+class Fleet:
+    port: int
+    pid: int
+    polls: Sequence[bytes]
+    plain: bytes
 
-    return str(Token.objects.create(user=User.objects.create(username=name)).key)
+    @property
+    def hello(self) -> list[bytes]:
+        """With the same headers, which cost granian the same."""
+        return [re.sub(rb"^GET \S+", b"GET /hello", request) for request in self.polls]
+
+    def target(self, requests: Sequence[bytes], expected: bytes) -> Target:
+        return Target(self.port, self.pid, cycle(requests), expected)
+
+    def table(self) -> tuple[int, int]:
+        """Bytes and devices."""
+        asked = re.sub(rb"^GET \S+", b"GET /bench/table", self.polls[0]).replace(
+            b"\r\n\r\n", b"\r\nConnection: close\r\n\r\n"
+        )
+        with socket.create_connection(("127.0.0.1", self.port), 20) as connection:
+            connection.sendall(asked)
+            answer = b"".join(iter(lambda: connection.recv(4_096), b""))
+        size, devices = answer.partition(b"\r\n\r\n")[2].split()
+        return int(size), int(devices)
 
 
-def _queries(call: Caller) -> int:
-    from django.db import connection
-    from django.test.utils import CaptureQueriesContext
+@contextmanager
+def _fleet(folder: Path, devices: int, rollouts: int) -> Iterator[Fleet]:
+    folder.mkdir(parents=True)
+    command = [sys.executable, "-m", "deploy.bench.crowd", str(folder), str(devices), str(rollouts)]
+    subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
+    made = json.loads((folder / "requests.json").read_text())
+    own = {"FLEET_VAR": str(folder), "FLEET_DATABASE_URL": f"sqlite:///{folder / 'fleet.sqlite3'}"}
+    with granian({**os.environ, **own}, "deploy.bench.hello:application") as (port, pid):
+        yield Fleet(port, pid, [request.encode() for request in made["polls"]], made["plain"].encode())
 
-    with CaptureQueriesContext(connection) as queries:
-        call()
-    return len(queries)
+
+def _cpu(pid: int) -> int:
+    """Nanoseconds of a process and its children, all threads."""
+    return sum(
+        int(path.read_text().split()[0])
+        for each in _tree(pid)
+        for path in Path(f"/proc/{each}/task").glob("*/schedstat")
+    )
+
+
+def _tree(pid: int) -> Iterator[int]:
+    yield pid
+    for path in Path(f"/proc/{pid}/task").glob("*/children"):
+        for child in path.read_text().split():
+            yield from _tree(int(child))

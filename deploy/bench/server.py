@@ -12,9 +12,10 @@ from django.core.management import call_command
 from securesystemslib.signer import CryptoSigner
 
 from deploy.bench import models
-from device_sdk import publish
 from device_sdk.protocol.assignment import Assignment
 from device_sdk.protocol.manifest import digest
+from device_sdk.publishing.roles import add_targets, next_role
+from device_sdk.publishing.variants import Variant
 
 
 def set_up(folder: Path) -> None:
@@ -49,8 +50,8 @@ class Server:
         for data in files.values():
             uploads.receive(sha256=digest(data), length=len(data), offset=0, source=io.BytesIO(data))
         signed = models.manifest(version, files)
-        variant = publish.Variant(signed, ())
-        role = publish.next_role(self._role(), signer=self._ci, known=(), edit=publish.add_targets([variant]))
+        variant = Variant(signed, ())
+        role = next_role(self._role(), signer=self._ci, known=(), edit=add_targets([variant]))
         texts = {signed.path.variant: signed.to_bytes().decode()}
         published = services.publish_release(model=models.MODEL, version=version, manifests=texts, role=role)
         published.release.refresh_from_db()

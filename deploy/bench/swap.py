@@ -16,10 +16,12 @@ from deploy.bench.measure import Row, Scale, Section, forget_peak, memory, perce
 from device_sdk.download import Fetched
 from device_sdk.install import Clock, Installer, Parts
 from device_sdk.journal import Journal
+from device_sdk.ledger import Ledger
+from device_sdk.model import Model
 from device_sdk.probes import Probes
 from device_sdk.protocol.assignment import Assignment, Probation
 from device_sdk.protocol.manifest import Manifest
-from device_sdk.runtime import Model, RuntimeOptions
+from device_sdk.runtime import RuntimeOptions
 from device_sdk.store import Store
 from device_sdk.traffic import Traffic
 
@@ -98,6 +100,7 @@ class Device:
             fetch=lambda *_: Fetched(),
             probes=Probes({}, disk=self.store.free_bytes),
             traffic=Traffic(None),
+            ledger=Ledger(folder / "ledger.json"),
             options=ONE_THREAD,
             clock=Clock(),
         )

@@ -7,9 +7,11 @@ from pathlib import Path
 from deploy.bench import models
 from deploy.bench.measure import Row, Scale, Section, interleaved
 from device_sdk import runtime
+from device_sdk.model import Model
 from device_sdk.protocol.assignment import Sampling
 from device_sdk.protocol.manifest import digest
-from device_sdk.runtime import Loaded, Model, RuntimeOptions, Sampler, Slot
+from device_sdk.runtime import RuntimeOptions
+from device_sdk.slot import CHECK_EVERY, Loaded, Sampler, Slot
 from device_sdk.spool import Spool
 
 RATE = 0.01
@@ -23,8 +25,8 @@ def measure(folder: Path, scale: Scale) -> Section:
     intake = spool.configure(models.MODEL, _sampling())
     calls = {
         RAW: partial(loaded.session.run, loaded.names, models.SMALL_INPUT),
-        "committed": _call(loaded, runtime.CHECK_EVERY - 1),
-        "committed, sampling 1 %": _call(loaded, runtime.CHECK_EVERY - 1, intake),
+        "committed": _call(loaded, CHECK_EVERY - 1),
+        "committed, sampling 1 %": _call(loaded, CHECK_EVERY - 1, intake),
         "probation": _call(loaded, 0),
     }
     # The spool is emptied between the turns: its bounded inbox must not fill up, or taking a sample looks cheap.

@@ -18,8 +18,8 @@ import numpy as np
 
 from deploy.demo.training import Digits, field_frames, wine_measurements
 from device_sdk import Fleet, NoModelError
-from device_sdk.client import enrol
 from device_sdk.config import write_durably
+from device_sdk.enrolment import enrol
 
 SITES = ("berlin", "hamburg", "lyon")
 HARDWARE = ("jetson", "rpi5", "x86")

@@ -106,7 +106,8 @@ class Story:
     def push_first_models(self) -> None:
         few = slice(0, training.FEW)
         self.train_and_push("1.0.0", self.digits.lab_images[few], self.digits.lab_labels[few])
-        self.push("wine", "1.0.0", training.train_wine(), {"data": "UCI wine recognition"})
+        measurements = training.wine_measurements()[:: training.GOLDEN]
+        self.push("wine", "1.0.0", training.train_wine(), {"data": "UCI wine recognition"}, measurements=measurements)
         for model in ("digits", "wine"):
             self.start_rollout(model, "1.0.0", AT_ONCE)
         self.say("both are the standing answer for every device that enrols")
@@ -117,13 +118,18 @@ class Story:
         answers = session.run(["label"], {"image": self.digits.test_images})[0]
         accuracy = float((answers == self.digits.test_labels).mean())
         self.figures.accuracy[version] = accuracy
-        self.push("digits", version, model, {"training_images": str(len(images)), "lab_accuracy": f"{accuracy:.3f}"})
+        facts = {"training_images": str(len(images)), "lab_accuracy": f"{accuracy:.3f}"}
+        self.push("digits", version, model, facts, image=self.digits.lab_images[:: training.GOLDEN])
         self.say(f"digits {version}: {len(images)} training images, {accuracy:.1%} right on {len(answers)} held back")
 
-    def push(self, model: str, version: str, proto: Any, metadata: dict[str, str]) -> None:
-        files = training.save(proto, self.world.var / "ci" / model / version)
+    def push(self, model: str, version: str, proto: Any, metadata: dict[str, str], **golden: np.ndarray) -> None:
+        """With an acceptance bundle of golden inputs, which each device asks the release before it serves."""
+        folder = self.world.var / "ci" / model / version
+        files = training.save(proto, folder)
+        np.savez(folder / "golden.npz", **golden)
         arguments = ["push", *map(str, files), "--model", model, "--version", version, "--server", self.world.url]
         arguments += ["--key", str(self.keys / f"{model}.key"), "--token", self.ci_token, "--wait"]
+        arguments += ["--accept", str(folder / "golden.npz"), "--max-latency-ms", "100"]
         for key, value in metadata.items():
             arguments += ["--meta", f"{key}={value}"]
         self.world.publish(*arguments)

@@ -11,6 +11,7 @@ DAY_MINUTES = 24 * 60
 MAX_SAMPLES = 10**7
 MAX_JITTER_SECONDS = 86_400
 MAX_BYTES = 2**50
+LONGEST_HOLD = 365 * 86_400  # seconds
 MAX_HOLD = 86_400  # seconds for which a program may put off an activation, where the assignment says nothing
 
 
@@ -77,19 +78,29 @@ CONDITION_SIZES = ("free_disk", "free_memory", "rate", "daily")
 
 @dataclass(frozen=True, slots=True)
 class Probation:
-    """How long a new release is watched, and what ends it. Rates are fractions of calls."""
+    """How long a new release is watched, and what ends it. Rates are fractions of calls.
+
+    The last three compare it with the release before it on the same device; None: that is not looked at.
+    `max_slowdown`: median latency, as a multiple of what it was. `max_confidence_drop`: of the mean top score, 0 to 1.
+    `max_class_shift`: total variation distance of the class mix, 0 to 1.
+    """
 
     calls: int = 20
     seconds: float = 10.0
     max_error_rate: float = 0.0
     max_invalid_rate: float = 0.0
+    max_slowdown: float | None = None
+    max_confidence_drop: float | None = None
+    max_class_shift: float | None = None
 
     def to_json(self) -> dict[str, Any]:
+        asked = {name: getattr(self, name) for name in COMPARED}
         return {
             "calls": self.calls,
             "seconds": fields.decimal(self.seconds),
             "max_error_rate": fields.decimal(self.max_error_rate),
             "max_invalid_rate": fields.decimal(self.max_invalid_rate),
+            **{name: fields.decimal(value) for name, value in asked.items() if value is not None},
         }
 
     @classmethod
@@ -100,7 +111,15 @@ class Probation:
             seconds=fields.take_decimal(item, "seconds", low=0, high=30 * 86_400),
             max_error_rate=fields.take_decimal(item, "max_error_rate", low=0, high=1),
             max_invalid_rate=fields.take_decimal(item, "max_invalid_rate", low=0, high=1),
+            **{
+                name: fields.take_decimal(item, name, low=low, high=high)
+                for name, (low, high) in COMPARED.items()
+                if item.get(name) is not None
+            },
         )
+
+
+COMPARED = {"max_slowdown": (1.0, 1_000.0), "max_confidence_drop": (0.0, 1.0), "max_class_shift": (0.0, 1.0)}
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,7 +154,8 @@ class Assignment:
     """One model of one device. `release` None: nothing to install, keep what runs; with `stop`, run nothing.
 
     `stop` is the model's policy for when nothing may run. Beside a release it is heeded where that one cannot run here
-    and CI no longer lists what does. `length` and `sha256` are those of the manifest; they stand in the TUF target
+    and CI no longer lists what does. `forgive`: a device that quarantined the release under another rollout tries it
+    once more. `length` and `sha256` are those of the manifest; they stand in the TUF target
     itself, not in `custom`.
     """
 
@@ -151,6 +171,7 @@ class Assignment:
     stop: bool = False
     conditions: Conditions = NO_CONDITIONS
     max_hold: int = MAX_HOLD
+    forgive: bool = False
 
     def to_custom(self) -> dict[str, Any]:
         """The TUF `custom` object. Signed, hence without fractions: they stand as text."""
@@ -167,6 +188,8 @@ class Assignment:
             optional["conditions"] = conditions
         if self.max_hold != MAX_HOLD:
             optional["max_hold"] = self.max_hold
+        if self.forgive:
+            optional["forgive"] = True
         return custom | optional
 
     @classmethod
@@ -189,5 +212,6 @@ class Assignment:
             sampling=None if sampling is None else Sampling.parse(sampling),
             stop=fields.take_bool(item, "stop"),
             conditions=Conditions.parse(item.get("conditions", {})),
-            max_hold=fields.take_int(item, "max_hold", high=365 * 86_400, default=MAX_HOLD),
+            max_hold=fields.take_int(item, "max_hold", high=LONGEST_HOLD, default=MAX_HOLD),
+            forgive=fields.take_bool(item, "forgive"),
         )

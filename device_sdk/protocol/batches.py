@@ -75,8 +75,8 @@ class SampleEntry:
             at=fields.take_number(item, "at", low=0, high=2**33),
             release=ReleasePath.parse(item.get("release")),
             probability=fields.take_number(item, "probability", low=1e-12, high=1),
-            inputs=_members(item, "inputs"),
-            outputs=_members(item, "outputs"),
+            inputs=take_members(item, "inputs"),
+            outputs=take_members(item, "outputs"),
         )
 
 
@@ -118,7 +118,8 @@ def _check_id(item: fields.Json) -> str:
     return value
 
 
-def _members(item: fields.Json, name: str) -> dict[str, str]:
+def take_members(item: fields.Json, name: str) -> dict[str, str]:
+    """Tensors by name, each a member `t<n>.npy` of the same zip."""
     members = fields.take_object(item, name)
     if len(members) > limits.TENSORS:
         raise ProtocolError("malformed", f"{name}: expected at most {limits.TENSORS} tensors; got {len(members)}")

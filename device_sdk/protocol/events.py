@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from device_sdk.protocol import fields, limits
+from device_sdk.protocol.abilities import UNSAID, Abilities
 from device_sdk.protocol.errors import ProtocolError
 from device_sdk.protocol.names import ReleasePath
 from device_sdk.protocol.polls import check_runs
@@ -78,20 +79,22 @@ class Event:
 
 @dataclass(frozen=True, slots=True)
 class EventPost:
-    """One post: new events, what the device runs now, and what it had to drop since the last accepted post."""
+    """One post: new events, what the device runs and can run now, and what it had to drop since the last accepted."""
 
     events: tuple[Event, ...]
     runs: Mapping[str, str]
     sdk: str
     dropped: int = 0
+    abilities: Abilities = UNSAID
 
     def to_json(self) -> dict[str, Any]:
+        said = {"abilities": self.abilities.to_json()} if self.abilities != UNSAID else {}
         return {
             "events": [event.to_json() for event in self.events],
             "runs": dict(self.runs),
             "sdk": self.sdk,
             "dropped": self.dropped,
-        }
+        } | said
 
     @classmethod
     def parse(cls, data: bytes) -> "EventPost":
@@ -101,6 +104,7 @@ class EventPost:
             runs=check_runs(item.get("runs")),
             sdk=fields.take_text(item, "sdk", limit=32, default=""),
             dropped=fields.take_int(item, "dropped", high=2**40, default=0),
+            abilities=Abilities.parse(item.get("abilities", {})),
         )
 
 

@@ -61,6 +61,16 @@ def take_text(source: Json, name: str, *, limit: int, default: str | None = None
     return value
 
 
+def take_texts(source: Json, name: str, *, limit: int, chars: int) -> tuple[str, ...]:
+    """At most `limit` texts of at most `chars` characters, none of them empty; none where it is left out."""
+    if name not in source:
+        return ()
+    texts = take_list(source, name, limit=limit)
+    if not all(isinstance(text, str) and 0 < len(text) <= chars for text in texts):
+        raise ProtocolError("malformed", f"{name}: expected texts of 1 to {chars} characters; got {_shown(texts)}")
+    return tuple(texts)
+
+
 def take_int(source: Json, name: str, *, low: int = 0, high: int, default: int | None = None) -> int:
     value = source.get(name, default)
     if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:

@@ -3,7 +3,7 @@
 Everything else hangs on it by sha256: a release is often `model.onnx` with `model.onnx.data`.
 """
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, field
 from hashlib import sha256
 from typing import Any
@@ -11,6 +11,7 @@ from typing import Any
 from device_sdk.protocol import fields, limits
 from device_sdk.protocol.errors import ProtocolError
 from device_sdk.protocol.names import ReleasePath, check_file_name, check_name, check_sha256
+from device_sdk.protocol.scores import Scores
 
 FORMAT = 1
 MODEL_SIGNATURE, ML_BOM, PROVENANCE = "model-signature", "ml-bom", "provenance"
@@ -83,12 +84,38 @@ class TensorSpec:
 
 @dataclass(frozen=True, slots=True)
 class Requirements:
-    """Floors below which a device cannot run the variant. Empty text and 0 mean: no floor."""
+    """Floors below which a device cannot run the variant. Empty text, 0 and none mean: no floor.
+
+    `memory` in bytes. Of `arch` and `providers` one is enough. `release`: the version, or one after it, that a device
+    must have run before this one: it is brought there first.
+    """
 
     sdk: str = ""
     runtime: str = ""
     opset: int = 0
     memory: int = 0
+    release: str = ""
+    arch: tuple[str, ...] = ()
+    providers: tuple[str, ...] = ()
+
+    def to_json(self) -> dict[str, Any]:
+        """The last three came later: where they ask for nothing they are left out, and the bytes are as they were."""
+        always = {"sdk": self.sdk, "runtime": self.runtime, "opset": self.opset, "memory": self.memory}
+        later = {"release": self.release, "arch": list(self.arch), "providers": list(self.providers)}
+        return always | {name: value for name, value in later.items() if value}
+
+    @classmethod
+    def parse(cls, value: object) -> "Requirements":
+        item = fields.as_object(value, "requires")
+        return cls(
+            sdk=fields.take_text(item, "sdk", limit=32, default=""),
+            runtime=fields.take_text(item, "runtime", limit=32, default=""),
+            opset=fields.take_int(item, "opset", high=10_000, default=0),
+            memory=fields.take_int(item, "memory", high=2**50, default=0),
+            release=check_name(item["release"], "version") if item.get("release") else "",
+            arch=fields.take_texts(item, "arch", limit=limits.PROVIDERS, chars=32),
+            providers=fields.take_texts(item, "providers", limit=limits.PROVIDERS, chars=64),
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,10 +128,18 @@ class Manifest:
     requires: Requirements = field(default_factory=Requirements)
     metadata: Mapping[str, str] = field(default_factory=dict)
     attachments: tuple[Attachment, ...] = ()
+    scores: Scores | None = None
+    acceptance: FileEntry | None = None  # what a device asks the release before it serves; no runtime loads it
 
     @property
     def length(self) -> int:
+        """Bytes of the files that a runtime loads."""
         return sum(file.length for file in self.files)
+
+    @property
+    def fetched(self) -> tuple[FileEntry, ...]:
+        """What a device downloads and keeps: the files, and the acceptance bundle."""
+        return (*self.files, *filter(None, (self.acceptance,)))
 
     def to_bytes(self) -> bytes:
         """The exact bytes that are hashed, signed and stored."""
@@ -117,11 +152,13 @@ class Manifest:
             "entry": self.entry,
             "inputs": [spec.to_json() for spec in self.inputs],
             "outputs": [spec.to_json() for spec in self.outputs],
-            "requires": asdict(self.requires),
+            "requires": self.requires.to_json(),
             "metadata": dict(self.metadata),
         }
         attached = {"attachments": [asdict(item) for item in self.attachments]} if self.attachments else {}
-        return fields.canonical(content | attached)
+        scored = {"scores": self.scores.to_json()} if self.scores else {}
+        accepted = {"acceptance": asdict(self.acceptance)} if self.acceptance else {}
+        return fields.canonical(content | attached | scored | accepted)
 
     @classmethod
     def parse(cls, data: bytes) -> "Manifest":
@@ -134,21 +171,17 @@ class Manifest:
             raise ProtocolError("malformed", "files: each name may stand once")
         if entry not in names:
             raise ProtocolError("malformed", f"entry: expected one of the files; got {entry!r}")
-        requires = fields.take_object(source, "requires")
         return cls(
             path=ReleasePath.parse("/".join(fields.take_text(source, name, limit=64) for name in _PATH)),
             files=files,
             entry=entry,
             inputs=_specs(source, "inputs"),
             outputs=_specs(source, "outputs"),
-            requires=Requirements(
-                sdk=fields.take_text(requires, "sdk", limit=32, default=""),
-                runtime=fields.take_text(requires, "runtime", limit=32, default=""),
-                opset=fields.take_int(requires, "opset", high=10_000, default=0),
-                memory=fields.take_int(requires, "memory", high=2**50, default=0),
-            ),
+            requires=Requirements.parse(source.get("requires")),
             metadata=_metadata(source),
             attachments=_attachments(source),
+            scores=Scores.parse(source["scores"]) if "scores" in source else None,
+            acceptance=_acceptance(source, names),
         )
 
 
@@ -167,6 +200,17 @@ def _attachments(source: fields.Json) -> tuple[Attachment, ...]:
     found = tuple(Attachment.parse(item) for item in listed)
     if len({item.name for item in found}) != len(found):
         raise ProtocolError("malformed", "attachments: each name may stand once")
+    return found
+
+
+def _acceptance(source: fields.Json, names: Collection[str]) -> FileEntry | None:
+    if "acceptance" not in source:
+        return None
+    found = FileEntry.parse(source["acceptance"])
+    if found.length > limits.ACCEPTANCE:
+        raise ProtocolError("too_large", f"acceptance: expected at most {limits.ACCEPTANCE} bytes; got {found.length}")
+    if found.name in names:
+        raise ProtocolError("malformed", f"acceptance: {found.name!r} is one of the files")
     return found
 
 

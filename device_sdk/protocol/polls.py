@@ -7,6 +7,7 @@ from hashlib import blake2b
 from typing import Any
 
 from device_sdk.protocol import fields, limits
+from device_sdk.protocol.abilities import UNSAID, Abilities
 from device_sdk.protocol.errors import ProtocolError
 from device_sdk.protocol.names import check_model, check_name, check_sha256
 
@@ -16,7 +17,8 @@ EVENTS = "/api/device/v1/events"
 BLOBS = "/api/device/v1/blobs/"
 BATCHES = "/api/device/v1/batches"
 
-INTERVAL_HEADER = "Fleet-Poll-Interval"  # seconds, set by the server on every answer to a poll
+INTERVAL_HEADER = "Fleet-Poll-Interval"  # seconds, set by the server on every answer to a poll,
+DEFAULT_INTERVAL = "300"  # but for a 304 where it is this
 WANT_HEADER = "Fleet-Want"  # "runs": the server does not know this running set, post it with the next events
 ROOT_PARAMETER = "root"  # the newest root version that the device trusts; later ones come in the bundle
 BINDING = "x-device"  # signed in timestamp: whose view this is
@@ -96,9 +98,11 @@ class EnrolRequest:
     nonce: str
     labels: Mapping[str, str]
     sdk: str
+    abilities: Abilities = UNSAID
 
     def to_json(self) -> dict[str, Any]:
-        return {"device": self.device, "nonce": self.nonce, "labels": dict(self.labels), "sdk": self.sdk}
+        said = {"abilities": self.abilities.to_json()} if self.abilities != UNSAID else {}
+        return {"device": self.device, "nonce": self.nonce, "labels": dict(self.labels), "sdk": self.sdk} | said
 
     @classmethod
     def parse(cls, value: object) -> "EnrolRequest":
@@ -111,6 +115,7 @@ class EnrolRequest:
             nonce=nonce,
             labels=check_labels(item.get("labels", {})),
             sdk=fields.take_text(item, "sdk", limit=32, default=""),
+            abilities=Abilities.parse(item.get("abilities", {})),
         )
 
 

@@ -15,10 +15,13 @@ from fleet.audit.services import record
 from fleet.errors import Invalid
 
 VIEWERS, OPERATORS = "Viewers", "Operators"
+SERVICE_PREFIX = "token:"  # of the accounts that are nobody's but a token's
 MAX_LIFETIME = timedelta(days=3650)
 # What operators may do besides looking. Releases come from CI, roles from key holders: nobody edits those.
 OPERATOR_PERMISSIONS = (
     "operate_rollout",
+    "approve_rollout",
+    "resend_delivery",
     "add_rollout",
     "change_rollout",
     "add_stage",
@@ -36,7 +39,7 @@ OPERATOR_PERMISSIONS = (
     "delete_pendingrole",  # withdraw what is proposed and not signed
     "export_auditentry",
 )
-OURS = ("devices", "releases", "trust", "rollouts", "feedback", "accounts", "audit")
+OURS = ("devices", "releases", "trust", "rollouts", "feedback", "accounts", "audit", "notices")
 
 
 @transaction.atomic
@@ -81,7 +84,7 @@ def _note(action: str, token: ApiToken) -> None:
 
 def _service_account(name: str, scopes: Sequence[str]) -> User:
     """Permissions as wide as the scopes: a token can never do more than its user."""
-    user, created = User.objects.get_or_create(username=f"token:{name}"[:150])
+    user, created = User.objects.get_or_create(username=f"{SERVICE_PREFIX}{name}"[:150])
     if created:
         user.set_unusable_password()
         user.save(update_fields=["password"])

@@ -17,6 +17,7 @@ from fleet.devices import selectors as device_selectors
 from fleet.devices import services as devices
 from fleet.devices.models import Device
 from fleet.errors import Conflict, Unauthorized
+from fleet.rollouts import evidence
 from fleet.rollouts import selectors as rollouts
 from fleet.rollouts import services as rollout_services
 from fleet.trust import selectors as trust_selectors
@@ -90,8 +91,10 @@ def post_events(request: HttpRequest, device: Device) -> HttpResponse:
     """Take in what happened. The same post again changes nothing."""
     post = EventPost.parse(read_body(request, limits.EVENT_BODY))
     with transaction.atomic():
+        heard = evidence.heard(device, post.events)  # what these events are compared with
         new = devices.record_events(device, post, exists=rollouts.releases_exist)
         rollout_services.note_events(device, new)
+        evidence.note(device, new, heard)
     return JsonResponse({"accepted": len(new)})
 
 

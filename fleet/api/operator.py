@@ -27,6 +27,7 @@ from rest_framework.viewsets import GenericViewSet, ReadOnlyModelViewSet
 
 from fleet.api import serializers as shapes
 from fleet.api.auth import ModelPermissions
+from fleet.devices import matching, selection
 from fleet.devices import selectors as device_selectors
 from fleet.devices import services as devices
 from fleet.devices.models import Device, DeviceEvent, Group
@@ -36,9 +37,12 @@ from fleet.feedback.models import Batch, Campaign
 from fleet.releases import provenance
 from fleet.releases import selectors as release_selectors
 from fleet.releases.models import Model, Release
+from fleet.rollouts import approval, deciding
 from fleet.rollouts import selectors as rollout_selectors
 from fleet.rollouts import services as rollouts
 from fleet.rollouts.models import Rollout
+from fleet.rollouts.terms.pace import NAMES as PACE
+from fleet.rollouts.terms.pace import pace_of
 
 REFUSALS = {403: shapes.ErrorSerializer, 404: shapes.ErrorSerializer}
 WRITE_REFUSALS = {400: shapes.ErrorSerializer, **REFUSALS, 409: shapes.ErrorSerializer, 422: shapes.ErrorSerializer}
@@ -65,8 +69,22 @@ class MayReadDevices(ModelPermissions):
     }
 
 
+class MayReadRollouts(ModelPermissions):
+    """Of a device and of rollouts: what is told is which of them admit it."""
+
+    perms_map = {
+        **ModelPermissions.perms_map,
+        "GET": ["devices.view_device", "rollouts.view_rollout"],
+        "HEAD": ["devices.view_device", "rollouts.view_rollout"],
+    }
+
+
 class MayOperate(ModelPermissions):
     perms_map = {**ModelPermissions.perms_map, "POST": ["rollouts.operate_rollout"]}
+
+
+class MayApprove(ModelPermissions):
+    perms_map = {**ModelPermissions.perms_map, "POST": [approval.PERMISSION]}
 
 
 # --- releases ----------------------------------------------------------------------------------------------------
@@ -144,6 +162,7 @@ class GroupViewSet(
 
 class DeviceFilter(filters.FilterSet):  # type: ignore[misc]
     group = filters.ModelChoiceFilter(queryset=Group.objects.all(), method="in_group")
+    selector = filters.CharFilter(method="selected", help_text="a label selector: `site in (berlin, hamburg), !lab`")
 
     class Meta:
         model = Device
@@ -151,7 +170,11 @@ class DeviceFilter(filters.FilterSet):  # type: ignore[misc]
 
     @extend_schema_field(OpenApiTypes.INT)
     def in_group(self, queryset: QuerySet[Device], name: str, group: Group) -> QuerySet[Device]:
-        return queryset.filter(pk__in=[device.pk for device in device_selectors.members(group)])
+        return queryset.filter(pk__in=matching.chosen(matching.selector_of(group)))
+
+    def selected(self, queryset: QuerySet[Device], name: str, text: str) -> QuerySet[Device]:
+        """Of any state: `state=active` narrows it to those that a group with this selector would have."""
+        return queryset.filter(matching.where(selection.parse(text)))
 
 
 class DeviceViewSet(ReadOnlyModelViewSet[Device]):
@@ -160,6 +183,16 @@ class DeviceViewSet(ReadOnlyModelViewSet[Device]):
     queryset = Device.objects.select_related("runs").prefetch_related("statuses")
     serializer_class = shapes.DeviceSerializer
     filterset_class = DeviceFilter
+
+    @extend_schema(
+        parameters=[OpenApiParameter("model", str, description="only of this model")],
+        responses={200: shapes.ExplanationSerializer(many=True), **REFUSALS},
+    )
+    @action(detail=True, filterset_class=None, pagination_class=None, permission_classes=[MayReadRollouts])
+    def explain(self, request: Request, pk: str) -> Response:
+        """Why it runs what it runs: every rollout of its models in the order in which they are asked, with reasons."""
+        told = rollout_selectors.explain(self.get_object(), request.query_params.get("model"))
+        return Response(shapes.ExplanationSerializer(told, many=True).data)
 
     @extend_schema(request=shapes.CommentSerializer, responses={200: shapes.DeviceSerializer, **WRITE_REFUSALS})
     @action(detail=True, methods=["post"], permission_classes=[MayChange])
@@ -258,9 +291,9 @@ _does = extend_schema(
 class RolloutViewSet(ReadOnlyModelViewSet[Rollout]):
     """One release to one group, in stages. Progress is in the single rollout, not in the list."""
 
-    queryset = Rollout.objects.select_related("release__model", "group", "created_by").prefetch_related(
-        "stages", "actions"
-    )
+    queryset = Rollout.objects.select_related(
+        "release__model", "group", "exclude_group", "created_by"
+    ).prefetch_related("stages__ring", "actions")
     filterset_class = RolloutFilter
 
     def get_serializer_class(self) -> type[shapes.RolloutSerializer]:
@@ -273,14 +306,33 @@ class RolloutViewSet(ReadOnlyModelViewSet[Rollout]):
         """Draft a rollout. Nothing happens to any device before it is started."""
         fields = _checked(shapes.RolloutCreateSerializer, request)
         stages = [rollouts.StagePlan(**stage) for stage in fields.pop("stages")]
-        rollout = rollouts.create(stages=stages, actor=_actor(request), **fields)
+        pace = pace_of({name: fields.pop(name) for name in PACE if name in fields})
+        rollout = rollouts.create(stages=stages, actor=_actor(request), pace=pace, **fields)
         return self._answer(rollout, status=status.HTTP_201_CREATED)
 
     @_does
     @action(detail=True, methods=["post"], permission_classes=[MayOperate])
     def start(self, request: Request, pk: str) -> Response:
-        """Admit the first stage."""
+        """Admit the first stage; or wait for approval where that is needed, or for its time to come."""
         return self._do(rollouts.start, request)
+
+    @_does
+    @action(detail=True, methods=["post"], permission_classes=[MayApprove])
+    def approve(self, request: Request, pk: str) -> Response:
+        """Let it begin, now or at its time. Never by its author."""
+        return self._do(deciding.approve, request)
+
+    @_does
+    @action(detail=True, methods=["post"], permission_classes=[MayApprove])
+    def reject(self, request: Request, pk: str) -> Response:
+        """Refuse it for good."""
+        return self._do(deciding.reject, request)
+
+    @_does
+    @action(detail=True, methods=["post"], permission_classes=[MayApprove])
+    def approve_stage(self, request: Request, pk: str) -> Response:
+        """Let the stage in force pass once it has done well. Never by the author."""
+        return self._do(deciding.approve_stage, request)
 
     @_does
     @action(detail=True, methods=["post"], permission_classes=[MayOperate])

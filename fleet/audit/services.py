@@ -14,7 +14,7 @@ import structlog
 from django.db import connection, transaction
 from django.utils import timezone
 
-from fleet.audit import chain, context, selectors
+from fleet.audit import chain, comments, context, selectors
 from fleet.audit.context import GUARD, Acting
 from fleet.audit.models import AuditEntry, AuditSeal
 
@@ -36,12 +36,13 @@ def record(
     """Note a change, inside the transaction that makes it. `kind` is the target's; by default the action's noun.
 
     `by`: who did it, where that is not who is calling, as for guards and enrolling devices; what the caller's context
-    knows (address, route, task) is kept.
+    knows (address, route, task) is kept. Invalid `comment_needed` where a person gives none and the setting wants one.
     """
     if context.is_silent():
         return
     caller = context.current()
     who = by or caller
+    comments.check(action, comment, who)
     AuditEntry.objects.create(
         at=timezone.now(),
         action=action[:64],

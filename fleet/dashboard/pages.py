@@ -13,13 +13,14 @@ from django.utils.html import format_html
 from device_sdk.protocol.errors import ProtocolError
 from device_sdk.protocol.manifest import Manifest
 from fleet import presentation
-from fleet.dashboard import selectors
+from fleet.dashboard import quality, selectors
 from fleet.devices import selectors as devices
 from fleet.devices.models import Device, EnrolmentToken
 from fleet.errors import FleetError
 from fleet.releases import provenance as release_provenance
 from fleet.releases import selectors as release_selectors
 from fleet.releases.models import Attachment, Model, Patch, Release, Variant
+from fleet.rollouts import objective
 from fleet.rollouts import selectors as rollouts
 from fleet.rollouts.models import Outcome, Rollout, Stage
 from fleet.trust import selectors as trust
@@ -41,10 +42,10 @@ def guards(rollout: Rollout) -> Table:
     """What each stage asks before it passes."""
     rows = [
         [
-            f"{stage.percent:g} %",
+            str(stage),
             f"{stage.success_threshold:.0%} of {stage.min_reports}+ reports",
             stage.failure_budget,
-            _span(stage.soak_seconds),
+            presentation.span(stage.soak_seconds),
             _stage_times(stage),
         ]
         for stage in rollout.stages.all()
@@ -52,21 +53,36 @@ def guards(rollout: Rollout) -> Table:
     return table(["Stage", "Success", "Failures allowed", "At least", "Reached"], rows)
 
 
+VERDICTS = {
+    "met": ("met", "success"), "missed": ("missed", "danger"), "likely": ("on course", "success"),
+    "unlikely": ("not on course", "warning"), "open": ("may or may not be met", "info"),
+    "unknown": ("cannot be foretold", ""),
+}  # fmt: skip
+
+
+def aim(rollout: Rollout) -> dict[str, Any] | None:
+    """The objective and its forecast, in words; None where nothing is aimed at."""
+    found = objective.of(rollout)
+    if found is None:
+        return None
+    words, tone = VERDICTS[found.verdict]
+    return {
+        "percent": rollout.objective_percent,
+        "of": found,
+        "words": words,
+        "tone": tone,
+    }
+
+
 def _stage_times(stage: Stage) -> str:
     if stage.entered_at is None:
         return "-"
     if stage.passed_at is None:
-        return presentation.ago(stage.entered_at)
+        agreed = f", approved by {stage.approved_by}" if stage.approved_at else ", needs approval to pass"
+        return format_html("<span>{}{}</span>", presentation.ago(stage.entered_at), agreed * stage.needs_approval)
     return format_html(
         "<span>{}, passed {}</span>", presentation.ago(stage.entered_at), presentation.ago(stage.passed_at)
     )
-
-
-def _span(seconds: int) -> str:
-    for unit, length in (("d", 86_400), ("h", 3_600), ("min", 60)):
-        if seconds >= length:
-            return f"{seconds / length:g} {unit}"
-    return f"{seconds} s"
 
 
 SHOWN_FIRST = (Outcome.State.FAILED, Outcome.State.UPDATING, Outcome.State.WITHDRAWN, Outcome.State.COMMITTED)
@@ -148,7 +164,7 @@ def _models_of(row: Device) -> Table:
                 presentation.state(status.state) if status else "-",
                 presentation.ago(status.since) if status else "-",
                 status.reason if status else "",
-                ", ".join(f"{key} {value}" for key, value in sorted(status.health.items())) if status else "",
+                quality.health(status.health) if status and status.health else "",
             ]
         )
     return table(["Model", "Runs", "State", "Since", "Reason", "Health"], cells)
@@ -286,7 +302,7 @@ def _variant(variant: Variant) -> dict[str, Any]:
     manifest = _manifest(variant)
     return {
         "of": variant,
-        "facts": _facts(manifest) if manifest else [],
+        "facts": [*(_facts(manifest) if manifest else []), *_accepted(variant.acceptance)],
         "tensors": table(
             ["", "Name", "Type", "Shape"],
             [
@@ -299,11 +315,11 @@ def _variant(variant: Variant) -> dict[str, Any]:
             ["Name", "Size", "SHA-256"],
             [
                 [
-                    format_html("{}{}", f.name, " (entry)" if f.name == manifest.entry else ""),
+                    format_html("{}{}", f.name, _part(manifest, f.name)),
                     presentation.size(f.length),
                     presentation.short(f.sha256, 20),
                 ]
-                for f in manifest.files
+                for f in manifest.fetched
             ]
             if manifest
             else [],
@@ -336,7 +352,35 @@ def _facts(manifest: Manifest) -> list[tuple[str, str]]:
     floors = manifest.requires
     named = [("Needs SDK", floors.sdk), ("Needs runtime", floors.runtime), ("Needs opset", str(floors.opset or ""))]
     named.append(("Needs memory", presentation.size(floors.memory) if floors.memory else ""))
+    named.append(("Needs architecture", " or ".join(floors.arch)))
+    named.append(("Needs provider", " or ".join(floors.providers)))
+    named.append(("Steps through", floors.release))
     return [(name, value) for name, value in named if value]
+
+
+def _part(manifest: Manifest, name: str) -> str:
+    bundle = manifest.acceptance.name if manifest.acceptance else ""
+    return {manifest.entry: " (entry)", bundle: " (acceptance bundle)"}.get(name, "")
+
+
+def _accepted(found: dict[str, Any]) -> list[tuple[str, str]]:
+    """What devices ask the variant before it serves, and what this server's processor answered."""
+    if not found:
+        return []
+    held = f"{found['asked']} of {found['samples']} asked here"
+    own = [f"{name}: {_tolerance(each)}" for name, each in found["tolerances"].items()]
+    budget, memory = found["latency_ms"], found["memory"]
+    facts = [
+        ("Acceptance samples", f"{held}, the last did not hold" if found["problem"] else f"{held}, and held"),
+        ("Tolerance", ", ".join([_tolerance(found), *own])),
+        ("Latency budget", f"{budget:g} ms a call; {found['here_ms']:g} ms here" if budget else ""),
+        ("Memory budget", presentation.size(memory) if memory else ""),
+    ]
+    return [(name, value) for name, value in facts if value]
+
+
+def _tolerance(found: dict[str, Any]) -> str:
+    return f"{found['atol']:g} + {found['rtol']:g} of the value"
 
 
 def _shape(sizes: list[Any]) -> str:

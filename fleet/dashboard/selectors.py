@@ -37,6 +37,7 @@ REASONS = {  # of `rollouts.selectors`, for people
     rollouts.FAILED_THERE: "failed",
     rollouts.PAUSED: "rollout paused",
     rollouts.NOT_ADMITTED: "later stage",
+    rollouts.LACKS: "lacks what it needs",
     rollouts.WAITING: "waiting",
     rollouts.UPDATING_NOW: "updating",
     rollouts.UNSEEN: "not polled yet",
@@ -99,7 +100,7 @@ class StageBar:
     """One stage as a bar: shares of its devices in percent."""
 
     index: int
-    percent: float
+    name: str  # a percentage, or a ring
     state: str  # passed, current, next
     committed: float
     updating: float
@@ -384,7 +385,7 @@ class Now:
 
 def in_flight() -> Now:
     rows = Rollout.objects.filter(state__in=IN_FLIGHT).select_related("release__model", "group", "created_by")
-    shown = list(rows.prefetch_related("stages")[:SHOWN_ROLLOUTS])
+    shown = list(rows.prefetch_related("stages__ring")[:SHOWN_ROLLOUTS])
     revision = "-".join(f"{row.pk}.{row.state}.{row.stage_index}" for row in shown)
     survey = costly(f"dashboard-survey-{revision}", lambda: _survey(shown))
     cards = tuple(_card(row, survey.progress[row.pk]) for row in shown)
@@ -440,7 +441,7 @@ def _card(rollout: Rollout, progress: rollouts.Progress) -> RolloutCard:
 
 def _stage_bar(rollout: Rollout, stage: Stage, shares: tuple[float, float, float]) -> StageBar:
     state = _stage_state(rollout, stage.index)
-    return StageBar(stage.index, stage.percent, state, *_shares(state, shares))
+    return StageBar(stage.index, str(stage), state, *_shares(state, shares))
 
 
 def _stage_state(rollout: Rollout, index: int) -> str:

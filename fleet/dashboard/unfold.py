@@ -112,6 +112,8 @@ UNFOLD: dict[str, Any] = {
                     _item("Signed roles", "verified_user", "trust.rolemetadata") | {"active": _is_on_signed_roles},
                     _item("Proposed roles", "signature", "trust.pendingrole"),
                     _item("Audit trail", "history_edu", "audit.auditentry"),
+                    _item("Subscriptions", "notifications", "notices.subscription"),
+                    _item("Deliveries", "outbox", "notices.delivery"),
                     _item("API tokens", "key", "accounts.apitoken"),
                     _item("Users", "person", "auth.user"),
                     _item("Permissions", "admin_panel_settings", "auth.group"),

@@ -5,11 +5,15 @@ from functools import partial
 from typing import Any, ClassVar
 
 from django.contrib import admin
+from django.core.exceptions import PermissionDenied
 from django.db.models import Model, Q, QuerySet
 from django.http import HttpRequest, HttpResponse
+from django.template.loader import render_to_string
 from django.template.response import TemplateResponse
-from django.urls import reverse
+from django.urls import path, reverse
 from django.utils import timezone
+from django.utils.html import format_html
+from django.utils.safestring import SafeString
 from unfold.admin import ModelAdmin
 from unfold.contrib.filters.admin import ChoicesDropdownFilter, DropdownFilter
 from unfold.decorators import action, display
@@ -17,9 +21,10 @@ from unfold.enums import ActionVariant
 
 from fleet import adminkit, presentation
 from fleet.adminkit import CommentForm, KeptAdmin, OptionalCommentForm, ReadOnlyAdmin
-from fleet.devices import selectors, services
+from fleet.devices import selection, selectors, services
 from fleet.devices.forms import EnrolmentTokenForm, GroupForm
 from fleet.devices.models import Device, DeviceEvent, EnrolmentToken, Group, RunningSet
+from fleet.errors import Invalid
 
 
 class RunsFilter(DropdownFilter):  # type: ignore[misc]  # unfold ships no types
@@ -92,7 +97,7 @@ class DeviceAdmin(ReadOnlyAdmin):
     list_filter: ClassVar = [("state", ChoicesDropdownFilter), RunsFilter, SeenFilter, RefusesFilter]
     search_fields: ClassVar = ["name", "labels", "sdk"]
     list_select_related: ClassVar = ["runs", "token"]
-    fields = ("model_list", "pin_list", "sdk_version", "enrolled_by", "enrolled", "lost", "audited")
+    fields = ("model_list", "pin_list", "sdk_version", "can_run", "enrolled_by", "enrolled", "lost", "audited")
     readonly_fields = fields
     change_form_outer_before_template = "dashboard/device.html"
     actions: ClassVar = ["approve_selected"]
@@ -192,6 +197,14 @@ class DeviceAdmin(ReadOnlyAdmin):
     def sdk_version(self, device: Device) -> str:
         return device.sdk or "-"
 
+    @display(description="Can run")
+    def can_run(self, device: Device) -> str:
+        """What it said of itself; releases and variants are chosen by it."""
+        memory = {"memory": presentation.size(device.abilities["memory"])} if "memory" in device.abilities else {}
+        providers = {"providers": ", ".join(device.abilities.get("providers", []))}
+        said = {**device.abilities, **memory, **providers}
+        return presentation.chips(f"{name} {value}" for name, value in sorted(said.items()) if value)
+
     @display(description="Enrolled with")
     def enrolled_by(self, device: Device) -> str:
         return presentation.link(device.token)
@@ -214,7 +227,22 @@ class GroupAdmin(ModelAdmin):  # type: ignore[misc]  # unfold ships no types
     form = GroupForm
     list_display: ClassVar = ["name", "chosen_by", "description"]
     search_fields: ClassVar = ["name", "description"]
-    fields = ("name", "description", "selector")
+    fields = ("name", "description", "selector", "devices")
+    readonly_fields = ("devices",)
+
+    def get_urls(self) -> list[Any]:
+        preview = self.admin_site.admin_view(self.preview)
+        return [path("preview/", preview, name="devices_group_preview"), *super().get_urls()]
+
+    def preview(self, request: HttpRequest) -> HttpResponse:
+        """How many devices a selector chooses, and some of them: as it is typed. For who may see devices."""
+        if not request.user.has_perm("devices.view_device"):
+            raise PermissionDenied
+        return HttpResponse(_chosen(request.GET.get("selector", "")))
+
+    @display(description="Devices now")
+    def devices(self, group: Group) -> str:
+        return format_html('<div id="chosen" aria-live="polite">{}</div>', _chosen(group.selector))
 
     def save_model(self, request: HttpRequest, obj: Group, form: Any, change: bool) -> None:
         given = form.cleaned_data
@@ -229,7 +257,17 @@ class GroupAdmin(ModelAdmin):  # type: ignore[misc]  # unfold ships no types
 
     @display(description="Chosen by")
     def chosen_by(self, group: Group) -> str:
-        return presentation.label_chips(group.selector) if group.selector else "every device"
+        return presentation.selector(group.selector)
+
+
+def _chosen(text: str) -> SafeString:
+    """What a selector chooses now, or what is wrong with it."""
+    try:
+        found = selectors.preview(selection.parse(text))
+    except Invalid as error:
+        return render_to_string("dashboard/parts/chosen.html", {"error": error.message})
+    context = {"found": found, "more": found.total - len(found.first)}
+    return render_to_string("dashboard/parts/chosen.html", context)
 
 
 @admin.register(EnrolmentToken)

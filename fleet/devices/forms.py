@@ -3,6 +3,7 @@
 from typing import Any
 
 from django import forms
+from django.urls import reverse
 from unfold.widgets import (
     UnfoldAdminIntegerFieldWidget,
     UnfoldAdminTextInputWidget,
@@ -12,18 +13,19 @@ from unfold.widgets import (
 from device_sdk.protocol.errors import ProtocolError
 from device_sdk.protocol.names import check_model, check_name
 from device_sdk.protocol.polls import check_labels
+from fleet.devices import selection
 from fleet.devices.models import EnrolmentToken, Group
+from fleet.errors import Invalid
 
 _PAIRS = "One per line or separated by commas: site=north, tier=gold."
 
 
 class PairsField(forms.CharField):
-    """`key=value` pairs. With `several`, a key may have `a|b` alternatives, and the value is a list."""
+    """`key=value` pairs."""
 
     widget = UnfoldAdminTextInputWidget
 
-    def __init__(self, *, several: bool = False, **kwargs: Any) -> None:
-        self.several = several
+    def __init__(self, **kwargs: Any) -> None:
         super().__init__(required=False, **kwargs)
 
     def to_python(self, value: Any) -> Any:
@@ -40,20 +42,47 @@ class PairsField(forms.CharField):
             check_labels(found)
         except ProtocolError as error:
             raise forms.ValidationError(str(error)) from error
-        return {key: text.split("|") for key, text in found.items()} if self.several else found
+        return found
 
     def prepare_value(self, value: Any) -> Any:
         if not isinstance(value, dict):
             return value
-        return ", ".join(f"{k}={'|'.join(v) if isinstance(v, list) else v}" for k, v in sorted(value.items()))
+        return ", ".join(f"{key}={text}" for key, text in sorted(value.items()))
+
+
+class SelectorField(forms.CharField):
+    """A label selector in its one form; what is wrong with it is said with the place."""
+
+    widget = UnfoldAdminTextInputWidget
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(required=False, max_length=selection.TEXT_CHARS, **kwargs)
+
+    def clean(self, value: Any) -> str:
+        try:
+            return str(selection.parse(super().clean(value)))
+        except Invalid as error:
+            raise forms.ValidationError(error.message) from error
+
+
+# What htmx, which unfold brings, does as one types; without scripts the devices are shown once the group is saved.
+_LIVE = {
+    "hx-trigger": "input changed delay:300ms", "hx-target": "#chosen", "hx-sync": "this:replace",
+    "autocomplete": "off", "spellcheck": "false",
+}  # fmt: skip
 
 
 class GroupForm(forms.ModelForm):  # type: ignore[type-arg]
-    selector = PairsField(
-        several=True,
+    selector = SelectorField(
         label="Chosen by labels",
-        help_text="Such as site=north|south, tier=gold: all labels must fit. Empty: every device.",
+        help_text="Such as site in (north, south), tier=gold, !lab: all must hold. Also tier!=gold, site notin (lab), "
+        "and @name in (cam-1, cam-2) for single devices. Empty: every device.",
     )
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        if "selector" in self.fields:  # not for those who may only look
+            self.fields["selector"].widget.attrs.update(_LIVE, **{"hx-get": reverse("admin:devices_group_preview")})
 
     class Meta:
         model = Group

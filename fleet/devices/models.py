@@ -7,11 +7,11 @@ from django.db.models import F, Q
 
 
 class Group(models.Model):
-    """Devices chosen by labels. `selector` maps a label to its allowed values; empty: every device."""
+    """Devices chosen by labels: see `selection` for the language. Empty: every device."""
 
     name = models.CharField(max_length=64, unique=True)
     description = models.TextField(blank=True)
-    selector = models.JSONField(default=dict, blank=True)
+    selector = models.TextField(blank=True)
 
     class Meta:
         ordering: ClassVar = ["name"]
@@ -71,6 +71,7 @@ class Device(models.Model):
     nonce_digest = models.CharField(max_length=64, editable=False)
     token = models.ForeignKey(EnrolmentToken, null=True, blank=True, on_delete=models.SET_NULL)
     sdk = models.CharField(max_length=32, blank=True)
+    abilities = models.JSONField(default=dict, blank=True)  # see protocol.abilities; as it said last
     runs = models.ForeignKey(RunningSet, null=True, blank=True, on_delete=models.SET_NULL)
     pins = models.JSONField(default=dict, blank=True)  # model to `<version>`: overrides every rollout
     dropped_events = models.PositiveBigIntegerField(default=0)
@@ -145,3 +146,29 @@ class SpreadSample(models.Model):
 
     def __str__(self) -> str:
         return f"{self.at:%F %T} {self.model} {self.version}: {self.devices}"
+
+
+class Revision(models.Model):
+    """One row, whose number grows with each change that may alter the answer to a poll. See `changes`."""
+
+    number = models.PositiveBigIntegerField(default=0)
+
+    def __str__(self) -> str:
+        return str(self.number)
+
+
+class Change(models.Model):
+    """What a revision changed: a device, or (null) what holds for all: policy, groups, campaigns, signed roles.
+
+    `key` is random: after a restored backup the same number means something else, and is seen to.
+    """
+
+    revision = models.PositiveBigIntegerField(db_index=True)
+    key = models.CharField(max_length=16)
+    device = models.PositiveBigIntegerField(null=True)  # its key; no foreign key, which would be one more look-up
+
+    class Meta:
+        ordering: ClassVar = ["revision"]
+
+    def __str__(self) -> str:
+        return f"{self.revision}: {self.device or 'everybody'}"

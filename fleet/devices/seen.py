@@ -6,34 +6,36 @@ each device brings them again. An orderly stop writes what is left; a failed wri
 
 import os
 import threading
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
-from datetime import datetime
+import time
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
 from itertools import islice
 
 import structlog
 from django.conf import settings
 from django.db import DatabaseError, close_old_connections, connection
-from django.utils import timezone
+from django.db.backends.utils import CursorWrapper
 
 ROWS = 1_000  # of one statement; SQLite allows some 32,000 parameters
 STATEMENT = """
     UPDATE devices_device AS d
-    SET last_seen = v.column2,
-        runs_id = COALESCE((SELECT r.id FROM devices_runningset r WHERE r.digest = v.column3), d.runs_id)
-    FROM (VALUES {rows}) AS v
-    WHERE d.id = v.column1 AND (d.last_seen IS NULL OR d.last_seen < v.column2)
-"""  # VALUES names its columns column1, column2... in SQLite and PostgreSQL alike
+    SET last_seen = v.seen,
+        runs_id = COALESCE((SELECT r.id FROM devices_runningset r WHERE r.digest = v.runs), d.runs_id)
+    FROM ({rows}) AS v
+    WHERE d.id = v.device AND (d.last_seen IS NULL OR d.last_seen < v.seen)
+"""
+VALUES = "SELECT column1 AS device, column2 AS seen, column3 AS runs FROM (VALUES {rows}) AS w"  # SQLite's names
+ARRAYS = """
+    SELECT w.device, to_timestamp(w.seen) AS seen, w.runs
+    FROM unnest(%s::bigint[], %s::float8[], %s::text[]) AS w (device, seen, runs)
+"""  # three parameters, however many rows
 
 logger = structlog.get_logger(__name__)
 
 
-@dataclass(frozen=True, slots=True)
-class Mark:
-    """`runs` is the digest of what the device runs; empty, or a digest nobody knows, leaves that as it was."""
-
-    at: datetime
-    runs: str
+# When a device was seen, in seconds of the epoch, and the digest of what it runs. Empty, or a digest that nobody
+# knows, leaves that as it was.
+Mark = tuple[float, str]
 
 
 class SeenBuffer:
@@ -43,9 +45,9 @@ class SeenBuffer:
         self._lock = threading.Lock()
         self._marks: dict[int, Mark] = {}
 
-    def mark(self, device: int, *, runs: str, now: datetime) -> None:
+    def mark(self, device: int, *, runs: str, now: float) -> None:
         with self._lock:
-            self._marks[device] = Mark(now, runs)
+            self._marks[device] = now, runs
 
     def flush(self) -> int:
         """Write all marks; return how many. On failure they are kept, unless newer ones came, and the error goes on."""
@@ -98,25 +100,31 @@ class Flusher:
 
 def _write(marks: Mapping[int, Mark]) -> None:
     rows = iter(sorted(marks.items()))  # one order for everyone, so that two processes do not lock each other out
+    write = _write_arrays if connection.vendor == "postgresql" else _write_values
     with connection.cursor() as cursor:
         while chunk := list(islice(rows, ROWS)):
-            parameters = [value for device, mark in chunk for value in _parameters(device, mark)]
-            cursor.execute(STATEMENT.format(rows=", ".join(["(%s, %s, %s)"] * len(chunk))), parameters)
+            write(cursor, chunk)
 
 
-def _parameters(device: int, mark: Mark) -> Iterator[int | str | None]:
-    yield device
-    yield connection.ops.adapt_datetimefield_value(mark.at)
-    yield mark.runs
+def _write_arrays(cursor: CursorWrapper, chunk: Sequence[tuple[int, Mark]]) -> None:
+    columns = zip(*((device, at, runs) for device, (at, runs) in chunk), strict=True)
+    cursor.execute(STATEMENT.format(rows=ARRAYS), [list(column) for column in columns])
+
+
+def _write_values(cursor: CursorWrapper, chunk: Sequence[tuple[int, Mark]]) -> None:
+    adapt, parameters = connection.ops.adapt_datetimefield_value, list[int | str | None]()
+    for device, (at, runs) in chunk:
+        parameters += [device, adapt(datetime.fromtimestamp(at, UTC)), runs]
+    cursor.execute(STATEMENT.format(rows=VALUES.format(rows=", ".join(["(%s, %s, %s)"] * len(chunk)))), parameters)
 
 
 _buffer = SeenBuffer()
 _flusher = Flusher(_buffer)
 
 
-def mark_seen(device: int, *, runs: str = "") -> None:
-    """Note that a device called, and the digest of what it runs where that changed. Writes nothing."""
-    _buffer.mark(device, runs=runs, now=timezone.now())
+def mark_seen(device: int, *, runs: str = "", at: float | None = None) -> None:
+    """Note that a device called (now, or `at` seconds of the epoch), and what it runs by its digest. Writes nothing."""
+    _buffer.mark(device, runs=runs, now=time.time() if at is None else at)
     _flusher.ensure()
 
 

@@ -1,16 +1,20 @@
 """What can be asked about devices. Reads only."""
 
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from datetime import datetime, timedelta
 
 from django.conf import settings
 from django.db.models import Count, QuerySet
 from django.utils import timezone
 
+from fleet.devices.matching import chosen, selector_of
 from fleet.devices.models import Device, Group, RunningSet, SpreadSample
+from fleet.devices.selection import Selector
 
 Spread = dict[str, dict[str, int]]  # model to version to devices
+PREVIEWED = 8  # devices shown of a selector's
 MISSED_POLLS = 3  # a device that missed so many is offline
 
 
@@ -21,16 +25,22 @@ def running_set(device: Device, digest: str) -> RunningSet | None:
     return RunningSet.objects.filter(digest=digest).first()
 
 
-def matches(selector: Mapping[str, Sequence[str]], labels: Mapping[str, str]) -> bool:
-    """Whether labels satisfy a group's selector: every named label has one of its allowed values."""
-    return all(labels.get(label) in allowed for label, allowed in selector.items())
-
-
 def members(group: Group | None) -> Iterator[Device]:
     """Active devices of a group; None is every device."""
-    selector = group.selector if group else {}
-    active = Device.objects.filter(state=Device.State.ACTIVE).select_related("runs")
-    return (device for device in active.iterator(chunk_size=2_000) if matches(selector, device.labels))
+    return chosen(selector_of(group)).select_related("runs").iterator(chunk_size=2_000)
+
+
+@dataclass(frozen=True, slots=True)
+class Preview:
+    """How many active devices a selector chooses, and the first of them by name."""
+
+    total: int
+    first: Sequence[Device]
+
+
+def preview(selector: Selector) -> Preview:
+    found = chosen(selector)
+    return Preview(found.count(), list(found.order_by("name")[:PREVIEWED]))
 
 
 def refusing() -> QuerySet[Device]:

@@ -14,14 +14,15 @@ from django.db.models import Exists, F, OuterRef, Q
 from django.db.models.functions import TruncHour
 from django.utils import timezone
 
-from device_sdk.protocol import events, fields
+from device_sdk.protocol import events
+from device_sdk.protocol.abilities import UNSAID
 from device_sdk.protocol.errors import ProtocolError
 from device_sdk.protocol.events import HEALTH, Event, EventPost
 from device_sdk.protocol.names import check_model, check_name
 from device_sdk.protocol.polls import EnrolRequest, check_labels, running_digest
 from fleet.audit.context import DEVICE, Acting
 from fleet.audit.services import record
-from fleet.devices import credentials, selectors
+from fleet.devices import changes, credentials, selection, selectors
 from fleet.devices.models import Device, DeviceEvent, EnrolmentToken, Group, ModelStatus, RunningSet, SpreadSample
 from fleet.devices.seen import flush_seen, mark_seen
 from fleet.errors import Conflict, Denied, Invalid, Unauthorized
@@ -146,6 +147,7 @@ def _admit(entry: EnrolmentToken, request: EnrolRequest) -> Device:
         nonce_digest=_digest(request.nonce),
         token=entry,
         sdk=request.sdk,
+        abilities=request.abilities.to_json(),
         last_seen=now,
     )
     detail = {"token": entry.name, "state": device.state, "labels": device.labels, "models": device.model_names}
@@ -169,6 +171,7 @@ def approve(*, device: Device, actor: User | str, comment: str = "") -> None:
     """A pending device may work from now on."""
     _move(device, Device.State.PENDING, Device.State.ACTIVE)
     record("device.approved", target=device.name, comment=comment)
+    changes.device_changed(device.pk)
     logger.info("device_approved", device=device.name, actor=str(actor))
 
 
@@ -184,6 +187,7 @@ def revoke(*, device: Device, actor: User | str, comment: str = "") -> None:
     before = device.state
     device.refresh_from_db(fields=["state", "epoch"])
     record("device.revoked", target=device.name, detail={"was": before}, comment=comment)
+    changes.device_changed(device.pk)
     logger.info("device_revoked", device=device.name, actor=str(actor))
 
 
@@ -198,11 +202,12 @@ def reissue(*, device: Device, actor: User | str, comment: str = "") -> str:
     before = device.state
     device.refresh_from_db(fields=["state", "epoch", "nonce_digest"])
     record("device.reissued", target=device.name, detail={"was": before, "epoch": device.epoch}, comment=comment)
+    changes.device_changed(device.pk)
     logger.info("device_reissued", device=device.name, actor=str(actor))
     return credentials.credential_for(device)
 
 
-def set_pin(*, device: Device, model: str, version: str | None, actor: User | str) -> None:
+def set_pin(*, device: Device, model: str, version: str | None, actor: User | str, comment: str = "") -> None:
     """Fix a model of a device to a version, or let it go (None). `rollouts.services.pin` checks the release first."""
     if model not in device.model_names:
         raise Invalid("wrong_model", f"{device.name} does not run {model!r}")
@@ -211,12 +216,14 @@ def set_pin(*, device: Device, model: str, version: str | None, actor: User | st
         pins = {name: pinned for name, pinned in locked.pins.items() if name != model}
         Device.objects.filter(pk=device.pk).update(pins=pins | ({model: version} if version else {}))
         detail = {"model": model, "version": version, "was": locked.pins.get(model)}
-        record("device.pinned" if version else "device.unpinned", target=device.name, detail=detail)
+        action = "device.pinned" if version else "device.unpinned"
+        record(action, target=device.name, detail=detail, comment=comment)
+        changes.device_changed(device.pk)
     device.refresh_from_db(fields=["pins"])
     logger.info("device_pinned", device=device.name, model=model, version=version, actor=str(actor))
 
 
-def set_labels(*, device: Device, labels: Mapping[str, str], actor: User | str) -> None:
+def set_labels(*, device: Device, labels: Mapping[str, str], actor: User | str, comment: str = "") -> None:
     """Replace a device's labels; groups are chosen by them, so this may change what it runs."""
     try:
         checked = check_labels(dict(labels))
@@ -225,19 +232,19 @@ def set_labels(*, device: Device, labels: Mapping[str, str], actor: User | str) 
     with transaction.atomic():
         before = Device.objects.select_for_update().get(pk=device.pk).labels
         Device.objects.filter(pk=device.pk).update(labels=checked)
-        record("device.labelled", target=device.name, detail={"labels": checked, "was": before})
+        record("device.labelled", target=device.name, detail={"labels": checked, "was": before}, comment=comment)
+        changes.device_changed(device.pk)
     device.labels = checked
     logger.info("device_labelled", device=device.name, labels=checked, actor=str(actor))
 
 
 @transaction.atomic
-def save_group(
-    *, group: Group | None = None, name: str, description: str = "", selector: Mapping[str, Sequence[str]]
-) -> Group:
-    """Create or change a group. `selector` maps a label to its allowed values; empty chooses every device."""
+def save_group(*, group: Group | None = None, name: str, description: str = "", selector: str) -> Group:
+    """Create or change a group. `selector` as in `selection`; empty chooses every device."""
     group = group or Group()
     try:
-        group.name, group.description, group.selector = check_name(name, "group"), description, _selector(selector)
+        chosen = str(selection.parse(selector))
+        group.name, group.description, group.selector = check_name(name, "group"), description, chosen
     except ProtocolError as error:
         raise Invalid(error.code, error.message) from error
     if Group.objects.filter(name=group.name).exclude(pk=group.pk).exists():
@@ -246,6 +253,7 @@ def save_group(
     group.save()
     detail = {"selector": group.selector, "description": group.description}
     record("group.created" if created else "group.changed", target=group.name, detail=detail)
+    changes.policy_changed()
     return group
 
 
@@ -254,15 +262,6 @@ def delete_group(*, group: Group) -> None:
     """Refused by the database where a rollout is for it."""
     group.delete()
     record("group.deleted", target=group.name, detail={"selector": group.selector})
-
-
-def _selector(value: object) -> dict[str, list[str]]:
-    selector = fields.as_object(value, "selector")
-    for label, allowed in selector.items():
-        check_name(label, "label")
-        if not isinstance(allowed, list) or not allowed or not all(isinstance(item, str) for item in allowed):
-            raise ProtocolError("malformed", f"selector: {label!r} needs a list of allowed values; got {allowed!r:.80}")
-    return selector
 
 
 def _move(device: Device, before: Device.State, after: Device.State) -> None:
@@ -371,16 +370,21 @@ def _note_device(
     repeated: bool,
     exists: Callable[[Mapping[str, str]], bool],
 ) -> None:
-    changes: dict[str, Any] = {"last_seen": now, "sdk": post.sdk or device.sdk}
+    values: dict[str, Any] = {"last_seen": now, "sdk": post.sdk or device.sdk}
+    if post.abilities != UNSAID:  # older SDKs say nothing
+        values["abilities"] = post.abilities.to_json()
     if not repeated:
-        changes["dropped_events"] = F("dropped_events") + post.dropped
+        values["dropped_events"] = F("dropped_events") + post.dropped
     known = _known_set(device, post.runs, exists)
     if known is not None:
-        changes["runs"] = known
+        values["runs"] = known
     refusal = refusal_after(device.refusal, new, now)
     if refusal != device.refusal:
-        changes["refusal"] = refusal
-    Device.objects.filter(pk=device.pk).update(**changes)
+        values["refusal"] = refusal
+    Device.objects.filter(pk=device.pk).update(**values)
+    able = values.get("abilities", device.abilities)
+    if (values["sdk"], able) != (device.sdk, device.abilities):  # what it can run depends on them
+        changes.device_changed(device.pk)
 
 
 def _known_set(
@@ -429,6 +433,7 @@ def thin_history() -> None:
     by_hour.filter(Exists(earlier)).delete()
     stale = Q(received_at__lt=now - EVENTS_KEPT) | Q(kind=HEALTH, received_at__lt=now - HEALTH_KEPT)
     DeviceEvent.objects.filter(stale).delete()
+    changes.thin()
 
 
 def _digest(secret: str) -> str:

@@ -26,9 +26,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from device_sdk.protocol.arrays.npy import Array
 from fleet.errors import Invalid
 from fleet.feedback.models import DATASETS
-from fleet.feedback.parsing import Array, Sample
+from fleet.feedback.parsing import Sample
 
 PARTS_PER_BATCH = 400  # days x versions x signatures: a year of an idle device, but not a file for each sample
 _DAYS = (date(1970, 1, 1), date(2100, 1, 1))

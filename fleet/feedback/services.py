@@ -22,6 +22,7 @@ from django.utils import timezone
 
 from device_sdk.protocol.batches import BatchHead
 from fleet.audit.services import record
+from fleet.devices.changes import policy_changed
 from fleet.devices.models import Device
 from fleet.errors import Conflict, Invalid, NotFound, TooLarge
 from fleet.feedback.models import Batch, Campaign
@@ -220,4 +221,5 @@ def _save(campaign: Campaign, action: str, fields: Mapping[str, Any] | None = No
     campaign.save(update_fields=None if fields is None else list(fields))
     terms = {name: getattr(campaign, name) for name in sorted(fields if fields is not None else CHANGEABLE)}
     record(action, target=campaign.name, detail={"model": campaign.model.name, **terms})
+    policy_changed()
     return campaign

@@ -12,6 +12,7 @@ from django.conf import settings
 from django.core.checks import CheckMessage, Error, Tags, Warning, register  # noqa: A004  # Django's names
 
 from fleet.accounts import limits
+from fleet.audit import comments
 
 MIN_SECRET_BYTES = 32
 DEVICE_SECRET = re.compile(rf"[a-z0-9-]{{1,16}}:(?:[0-9a-f]{{2}}){{{MIN_SECRET_BYTES},}}")
@@ -24,7 +25,7 @@ Findings = Iterator[CheckMessage]
 
 
 def register_all() -> None:
-    for check in (secrets, addresses, parts, intervals, rates):
+    for check in (secrets, addresses, parts, intervals, rates, people):
         register(_as_check(check), Tags.security)
 
 
@@ -102,6 +103,21 @@ def rates() -> Findings:
             )
     if settings.PROXIES < 0:
         yield Error("FLEET_PROXIES must be 0 or more.", hint="How many proxies of yours are in front.", id="fleet.E017")
+
+
+def people() -> Findings:
+    for pattern in comments.unknown():
+        yield Error(
+            f"FLEET_COMMENTS names {pattern!r}, which is no action that takes a comment.",
+            hint=f"Some of: {', '.join(sorted(comments.TAKEN))}; * stands for any characters.",
+            id="fleet.E018",
+        )
+    if settings.PRODUCTION and settings.WEBHOOK_PRIVATE:
+        yield Warning(
+            "FLEET_WEBHOOK_PRIVATE is on: webhooks may go to addresses inside your network.",
+            hint="Leave it out unless the receiver is in there, and let only superusers subscribe.",
+            id="fleet.W018",
+        )
 
 
 def database_engine() -> str:

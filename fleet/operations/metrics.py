@@ -3,6 +3,7 @@
 Not for everybody: figures of a fleet say much about its owner. A scraper shows `FLEET_METRICS_TOKEN`.
 """
 
+import math
 import os
 from collections.abc import Iterator, Mapping
 from datetime import timedelta
@@ -24,12 +25,14 @@ from fleet.audit import selectors as audit
 from fleet.devices.models import Device
 from fleet.feedback.models import Batch
 from fleet.releases.models import Release
-from fleet.rollouts.models import Rollout
+from fleet.rollouts import evidence as guard_evidence
+from fleet.rollouts.models import GuardReading, Rollout
 from fleet.trust import selectors as trust
 from fleet.trust import standing
 from fleet.trust.models import RoleMetadata
 
 PERMISSION = "devices.view_device"
+Values = Mapping[tuple[str, ...], float]
 SEEN_POLLS = 3  # a device counts as online when it was seen within so many poll intervals
 
 
@@ -69,6 +72,9 @@ class FleetCollector(Collector):
         yield _gauge("fleet_devices_online", "Active devices seen lately", {(): _online()})
         yield _by_state("fleet_releases", "Releases by state", Release.objects.all())
         yield _by_state("fleet_rollouts", "Rollouts by state", Rollout.objects.all())
+        evidence, bounds = _guards()
+        yield _gauge("fleet_guard_evidence", "Evidence against running rollouts, base 10 log", evidence, LABELS)
+        yield _gauge("fleet_guard_bound", "Evidence at which a guard halts, base 10 log", bounds, LABELS)
         yield _by_state("fleet_batches", "Batches of samples by state", Batch.objects.all())
         head = audit.head()
         # A hash pinned by monitoring outside shows a trail that was cut or written anew: `audit verify --head`.
@@ -89,6 +95,20 @@ def _online() -> int:
     return Device.objects.filter(state=Device.State.ACTIVE, last_seen__gte=since).count()
 
 
+LABELS = ("rollout", "guard")
+
+
+def _guards() -> tuple[Values, Values]:
+    evidence: dict[tuple[str, ...], float] = {}
+    bounds: dict[tuple[str, ...], float] = {}
+    for reading in GuardReading.objects.filter(rollout__state=Rollout.State.RUNNING).select_related("rollout"):
+        terms = guard_evidence.terms_of(reading.rollout)
+        if terms is not None and reading.run == reading.rollout.evidence_run:
+            labels = (str(reading.rollout_id), reading.guard)
+            evidence[labels], bounds[labels] = reading.evidence / math.log(10), terms.bound / math.log(10)
+    return evidence, bounds
+
+
 def _expiries() -> dict[tuple[str, ...], float]:
     now = timezone.now()
     newest = RoleMetadata.objects.order_by().values_list("role").annotate(Max("version"))
@@ -107,10 +127,9 @@ def _views() -> dict[tuple[str, ...], float]:
     return {("fresh",): fresh, ("due",): found.due, ("expired",): found.expired}
 
 
-def _gauge(
-    name: str, help_text: str, values: Mapping[tuple[str, ...], float], label: str | None = None
-) -> GaugeMetricFamily:
-    family = GaugeMetricFamily(name, help_text, labels=[label] if label else [])
+def _gauge(name: str, help_text: str, values: Values, label: str | tuple[str, ...] | None = None) -> GaugeMetricFamily:
+    names = [label] if isinstance(label, str) else label or []
+    family = GaugeMetricFamily(name, help_text, labels=names)
     for labels, value in sorted(values.items()):
         family.add_metric(labels, value)
     return family

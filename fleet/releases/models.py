@@ -98,7 +98,9 @@ class Variant(models.Model):
     inputs = models.JSONField(default=list, blank=True)  # [{name, dtype, shape}] as validation read them
     outputs = models.JSONField(default=list, blank=True)
     opset = models.PositiveIntegerField(null=True, blank=True)
+    requires = models.JSONField(default=dict, blank=True)  # the manifest's floors: the policy reads no manifests
     size = models.PositiveBigIntegerField(default=0)  # bytes of all files
+    acceptance = models.JSONField(default=dict, blank=True)  # what its bundle asks, and what came of it here; {}: none
     validated_at = models.DateTimeField(null=True, blank=True)
     claimed_at = models.DateTimeField(null=True, blank=True, editable=False)  # a worker validates it since then
     attempts = models.PositiveIntegerField(default=0, editable=False)  # claims that came to no end

@@ -1,17 +1,22 @@
 """Load an ONNX model and say as JSON what it takes and gives. Run as a script, in a process of its own.
 
 Everything here meets hostile bytes: it imports neither Django nor settings, sets its own limits before it reads
-anything, and its caller takes a death by signal for an answer. `onnx_probe.py FILE MEMORY SECONDS`.
+anything, and its caller takes a death by signal for an answer. `onnx_probe.py FILE MEMORY SECONDS [BUNDLE]`: with an
+acceptance bundle the model is asked what stands there, and must answer so on this machine's processor too. Budgets are
+the devices': latency is measured here, and shown, and no more.
 """
 
 import json
 import os
 import resource
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
+from statistics import median
 from typing import Any
 
+ROOT = Path(__file__).resolve().parents[2]
 MAX_OUTPUT = 4 * 1024 * 1024  # bytes; also what the process may write to any file
 
 
@@ -19,12 +24,13 @@ class RefusedError(Exception):
     """The model is not acceptable; the text says why."""
 
 
-def main(path: str, memory: str, seconds: str) -> int:
+def main(path: str, memory: str, seconds: str, bundle: str = "") -> int:
     limit(int(memory), int(seconds))
+    sys.path.insert(0, str(ROOT))
     try:
-        answer = probe(Path(path))
+        answer = probe(Path(path), Path(bundle) if bundle else None, int(seconds))
     except RefusedError as error:
-        answer = {"error": str(error)}
+        answer = {"error": str(error)[:800]}
     except MemoryError:
         answer = {"error": f"it needs more than the {int(memory) // 1024**2} MiB of memory that validation allows"}
     except Exception as error:  # noqa: BLE001  # whatever onnx and onnxruntime raise is the answer
@@ -41,7 +47,7 @@ def limit(memory: int, seconds: int) -> None:
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
 
 
-def probe(path: Path) -> dict[str, Any]:
+def probe(path: Path, bundle: Path | None = None, seconds: int = 60) -> dict[str, Any]:
     opset = check(path)
     import onnxruntime
 
@@ -53,7 +59,48 @@ def probe(path: Path) -> dict[str, Any]:
         "inputs": [_spec(item) for item in session.get_inputs()],
         "outputs": [_spec(item) for item in session.get_outputs()],
         "opset": opset,
+        "acceptance": accept(session, bundle, seconds / 2) if bundle else {},
     }
+
+
+def accept(session: Any, path: Path, seconds: float) -> dict[str, Any]:
+    """Ask the session, for so long. `problem`: why the release does not hold what its makers promise."""
+    from device_sdk.protocol.arrays.acceptance import Acceptance
+    from device_sdk.protocol.errors import ProtocolError
+
+    try:
+        bundle = Acceptance.parse(path.read_bytes())
+    except ProtocolError as error:
+        raise RefusedError(f"its acceptance bundle is no good: {error.message}") from error
+    took, problem = _ask(session, bundle, time.monotonic() + seconds)
+    return {
+        "samples": len(bundle.samples),
+        "asked": len(took),
+        "problem": problem and f"it does not answer as its acceptance bundle says: {problem}",
+        "here_ms": round(median(took), 3),
+        "latency_ms": bundle.budgets.latency_ms,
+        "memory": bundle.budgets.memory,
+        "rtol": bundle.tolerance.rtol,
+        "atol": bundle.tolerance.atol,
+        "tolerances": {name: each.to_json() for name, each in bundle.tolerances.items()},
+    }
+
+
+def _ask(session: Any, bundle: Any, ends: float) -> tuple[list[float], str]:
+    """Milliseconds of each call, and what was wrong with the last one."""
+    took: list[float] = []
+    for number, sample in enumerate(bundle.samples):
+        if number and time.monotonic() > ends:
+            break
+        began = time.perf_counter()
+        try:
+            values = session.run(list(sample.outputs), sample.feeds())
+        except Exception as error:
+            raise RefusedError(f"its acceptance bundle: sample {number + 1}: {' '.join(str(error).split())}") from error
+        took.append((time.perf_counter() - began) * 1e3)
+        if problem := bundle.complaint(number, dict(zip(sample.outputs, values, strict=True))):
+            return took, problem
+    return took, ""
 
 
 def check(path: Path) -> int:
@@ -113,4 +160,4 @@ def _plain(error: Exception, memory: int) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main(*sys.argv[1:4]))
+    sys.exit(main(*sys.argv[1:5]))

@@ -112,6 +112,7 @@ def _describe_variant(variant: Variant) -> dict[str, Any]:
         "inputs": variant.inputs,
         "outputs": variant.outputs,
         "opset": variant.opset,
+        "acceptance": variant.acceptance,
         "attachments": [describe_attachment(item) for item in variant.attachments.select_related("artifact")],
     }
 

@@ -14,6 +14,7 @@ from device_sdk.protocol.errors import ProtocolError
 from device_sdk.protocol.manifest import Attachment, FileEntry, Manifest, digest
 from device_sdk.protocol.names import ReleasePath, check_model, check_name
 from fleet.audit.services import record
+from fleet.devices.changes import policy_changed
 from fleet.errors import Invalid, NotFound
 from fleet.releases import provenance, signals, storage, uploads, validation
 from fleet.releases.deltas import services as deltas
@@ -249,7 +250,7 @@ def _same(release: Release, offers: Sequence[_Offer]) -> Release:
 def _artifacts(offers: Sequence[_Offer]) -> dict[str, Artifact]:
     named: list[FileEntry | Attachment] = []
     for offer in offers:
-        named += [*offer.manifest.files, *offer.manifest.attachments]
+        named += [*offer.manifest.fetched, *offer.manifest.attachments]
     files = {item.sha256: item for item in named}
     found = Artifact.objects.in_bulk(list(files))
     for sha256, file in files.items():
@@ -338,8 +339,9 @@ def _create_variant(release: Release, offer: _Offer, artifacts: Mapping[str, Art
         manifest_sha256=sha256,
         manifest_length=length,
         size=offer.manifest.length,
+        requires=offer.manifest.requires.to_json(),
     )
-    variant.artifacts.set({artifacts[file.sha256] for file in offer.manifest.files})
+    variant.artifacts.set({artifacts[file.sha256] for file in offer.manifest.fetched})
     return variant
 
 
@@ -371,6 +373,7 @@ def _note(variant: Variant, finding: validation.Finding) -> bool:
             inputs=finding.inputs,
             outputs=finding.outputs,
             opset=finding.opset,
+            acceptance=finding.acceptance,
             validated_at=timezone.now(),
             claimed_at=None,
         )
@@ -394,3 +397,4 @@ def _conclude(release_pk: int) -> None:
         if state == Release.State.VALID:
             deltas.order(release=release)
             deltas.wake()
+            policy_changed()  # a pin may have waited for it

@@ -14,7 +14,7 @@ import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -38,32 +38,36 @@ class StorageAwayError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """What validation found. `reason` empty: it loads."""
+    """What validation found. `reason` empty: it loads, and answers as its acceptance bundle says, if it has one."""
 
     reason: str = ""
     inputs: list[dict[str, Any]] = field(default_factory=list)
     outputs: list[dict[str, Any]] = field(default_factory=list)
     opset: int | None = None
+    acceptance: dict[str, Any] = field(default_factory=dict)
 
 
 def examine(manifest: Manifest) -> Finding:
     """Lay the files out beside each other in a private folder, load the entry in a subprocess, compare."""
     settings.INCOMING.mkdir(parents=True, exist_ok=True, mode=0o700)
     with tempfile.TemporaryDirectory(prefix=_PREFIX, dir=settings.INCOMING) as folder:
-        for file in manifest.files:
+        for file in manifest.fetched:
             lay_out(file, Path(folder))
-        answer = _run(Path(folder) / manifest.entry)
+        answer = _run(Path(folder) / manifest.entry, manifest.acceptance)
     if isinstance(answer, str):
         return Finding(reason=answer)
     finding = Finding(
         inputs=[_numpy(item) for item in answer["inputs"]],
         outputs=[_numpy(item) for item in answer["outputs"]],
         opset=answer["opset"],
+        acceptance=answer.get("acceptance", {}),
     )
-    reason = _differs("inputs", manifest.inputs, finding.inputs) or _differs(
-        "outputs", manifest.outputs, finding.outputs
+    reason = (
+        _differs("inputs", manifest.inputs, finding.inputs)
+        or _differs("outputs", manifest.outputs, finding.outputs)
+        or _lacks_scores(manifest, finding.outputs)
     )
-    return Finding(reason, finding.inputs, finding.outputs, finding.opset)
+    return replace(finding, reason=reason or finding.acceptance.get("problem", ""))
 
 
 def remove_leftovers(*, older_than: float = LEFT_SECONDS) -> int:
@@ -97,9 +101,10 @@ def lay_out(file: FileEntry, folder: Path) -> None:
         raise StorageAwayError(f"the object store returns other bytes for {file.name} ({file.sha256})")
 
 
-def _run(entry: Path) -> dict[str, Any] | str:
+def _run(entry: Path, bundle: FileEntry | None) -> dict[str, Any] | str:
     """The probe's answer, or the reason why the model does not load."""
     command = [str(PROBE), str(entry), str(settings.VALIDATION_MEMORY), str(settings.VALIDATION_SECONDS)]
+    command += [str(entry.with_name(bundle.name))] if bundle else []
     done = run_script(command, folder=entry.parent, seconds=settings.VALIDATION_SECONDS)
     if done is None:
         return f"it did not load within {settings.VALIDATION_SECONDS} s"
@@ -183,6 +188,13 @@ def _differs(what: str, stated: tuple[TensorSpec, ...], found: list[dict[str, An
         if not _agrees(spec, real[spec.name]):
             return f"{what}: the manifest states {spec.to_json()!r:.200}; the model has {real[spec.name]!r:.200}"
     return ""
+
+
+def _lacks_scores(manifest: Manifest, found: list[dict[str, Any]]) -> str:
+    names = [item["name"] for item in found]
+    if manifest.scores is None or manifest.scores.output in names:
+        return ""
+    return f"scores: the manifest names the output {manifest.scores.output!r:.100}; the model has {names!r:.200}"
 
 
 def _agrees(spec: TensorSpec, real: Mapping[str, Any]) -> bool:

@@ -14,9 +14,10 @@ from device_sdk.protocol.assignment import CONDITION_FLAGS, CONDITION_SIZES
 from fleet import adminkit, presentation
 from fleet.adminkit import CommentForm, KeptAdmin, OptionalCommentForm, dialog
 from fleet.errors import FleetError
-from fleet.rollouts import services
+from fleet.rollouts import approval, deciding, services
 from fleet.rollouts.forms import RolloutForm
 from fleet.rollouts.models import Outcome, Rollout
+from fleet.rollouts.terms import watch
 
 State = Rollout.State
 
@@ -39,22 +40,51 @@ _SIZE_TEXTS = {
 }  # fmt: skip
 
 
+def pace_texts(rollout: Rollout) -> list[str]:
+    """Limits, timeout and retries, for people."""
+    found = [f"{rollout.max_in_flight} updates at a time"] if rollout.max_in_flight else []
+    found += [f"{rollout.starts_per_minute:g} starts a minute"] if rollout.starts_per_minute else []
+    found += [f"{presentation.span(rollout.timeout_seconds)} for a device"] if rollout.timeout_seconds else []
+    after = f" after {presentation.span(rollout.retry_seconds)} and more"
+    return found + ([f"{rollout.retries} retries{after}"] if rollout.retries else [])
+
+
 @admin.register(Rollout)
 class RolloutAdmin(KeptAdmin):
     list_display: ClassVar = ["name", "to", "state_label", "stage", "counts", "started", "by"]
     list_filter: ClassVar = [("state", ChoicesDropdownFilter), ("release__model", RelatedDropdownFilter)]
     search_fields: ClassVar = ["release__version", "release__model__name", "group__name"]
     list_select_related: ClassVar = ["release__model", "group", "created_by"]
-    fields = ("to", "on_failure", "install", "waits_for", "probation_text", "by", "started", "finished", "audited")
+    fields = (
+        "meant_for",
+        "on_failure",
+        "install",
+        "waits_for",
+        "probation_text",
+        "pace_text",
+        "by",
+        "approved",
+        "begins",
+        "started",
+        "finished",
+        "audited",
+    )
     readonly_fields = fields
     add_fieldsets = (
-        (None, {"fields": ("release", "group")}),
+        (None, {"fields": ("release", "group", "selector", "exclude_group", "exclude")}),
         ("Stages", {"fields": ("percents", "soak_minutes", "success_percent", "min_reports", "failure_budget")}),
-        ("On the device", {"fields": ("on_failure", "urgent", "window_start", "window_end", "start_now")}),
+        ("Guards", {"fields": ("guards", "false_alarm_percent", "guard_devices", "guard_calls")}),
+        ("On the device", {"fields": ("on_failure", "urgent", "window_start", "window_end")}),
+        ("Probation", {"fields": watch.FIELDS}),
         ("It waits until", {"fields": (*CONDITION_FLAGS, *CONDITION_SIZES)}),
+        ("Time", {"fields": ("timeout_days", "retries", "retry_minutes", "objective_percent", "objective_days")}),
+        ("Limits", {"fields": ("max_in_flight", "starts_per_minute")}),
+        ("Start", {"fields": ("needs_approval", "approve_stages", "start_at", "start_now", "comment")}),
     )
     change_form_outer_before_template = "dashboard/rollout.html"
-    actions_detail: ClassVar = ["start", "resume", "pause", "roll_back", "cancel"]
+    actions_detail: ClassVar = [
+        "start", "approve", "approve_stage", "resume", "pause", "roll_back", "reject", "cancel",
+    ]  # fmt: skip
 
     def has_change_permission(self, request: HttpRequest, obj: Model | None = None) -> bool:
         return False
@@ -62,9 +92,17 @@ class RolloutAdmin(KeptAdmin):
     def has_operate_permission(self, request: HttpRequest, obj: Any = None) -> bool:
         return bool(request.user.has_perm("rollouts.operate_rollout"))
 
+    def has_approve_permission(self, request: HttpRequest, obj: Any = None) -> bool:
+        return bool(request.user.has_perm(approval.PERMISSION))
+
     def get_actions_detail(self, request: HttpRequest, object_id: Any) -> list[Any]:
+        """Only what makes sense now; the services have the last word. Nobody is asked to approve what is their own."""
         rollout = self.get_object(request, object_id)
         offers = offered(rollout.state) if rollout else set()
+        if rollout and not approval.stage_waits(rollout):
+            offers.discard(services.APPROVE_STAGE)
+        if rollout and approval.is_author(rollout, adminkit.actor(request)):
+            offers -= {services.APPROVE, services.APPROVE_STAGE, services.REJECT}
         return [item for item in super().get_actions_detail(request, object_id) if item.path in offers]
 
     def get_queryset(self, request: HttpRequest) -> QuerySet[Rollout]:
@@ -93,7 +131,7 @@ class RolloutAdmin(KeptAdmin):
     def save_model(self, request: HttpRequest, obj: Rollout, form: Any, change: bool) -> None:
         made = services.create(**form.terms(), actor=adminkit.actor(request))
         if form.cleaned_data["start_now"] and self.has_operate_permission(request):
-            services.start(rollout=made, actor=adminkit.actor(request))
+            made = services.start(rollout=made, actor=adminkit.actor(request), comment=form.cleaned_data["comment"])
         obj.__dict__.update(made.__dict__)
 
     # --- operating ------------------------------------------------------------------------------------------------
@@ -106,13 +144,57 @@ class RolloutAdmin(KeptAdmin):
         permissions=["operate"],
         dialog=dialog(
             "Start this rollout?",
-            "Devices of the first stage get the release at their next poll.",
+            "Devices of the first stage get the release at their next poll. Where it needs approval, or its time is to "
+            "come, it waits for that first.",
             "Start",
             OptionalCommentForm,
         ),
     )
     def start(self, request: HttpRequest, form: CommentForm, object_id: str) -> HttpResponse:
-        return self._operate(request, form, object_id, services.start, "started")
+        return self._operate(request, form, object_id, services.start, "")
+
+    @action(
+        description="Approve",
+        icon="verified",
+        url_path=services.APPROVE,
+        variant=ActionVariant.PRIMARY,
+        permissions=["approve"],
+        dialog=dialog(
+            "Approve this rollout?",
+            "It begins at once, or when its time comes.",
+            "Approve",
+            OptionalCommentForm,
+        ),
+    )
+    def approve(self, request: HttpRequest, form: CommentForm, object_id: str) -> HttpResponse:
+        return self._operate(request, form, object_id, deciding.approve, "")
+
+    @action(
+        description="Reject",
+        icon="thumb_down",
+        url_path=services.REJECT,
+        variant=ActionVariant.DANGER,
+        permissions=["approve"],
+        dialog=dialog("Reject this rollout for good?", "No device is ever offered it.", "Reject"),
+    )
+    def reject(self, request: HttpRequest, form: CommentForm, object_id: str) -> HttpResponse:
+        return self._operate(request, form, object_id, deciding.reject, "rejected")
+
+    @action(
+        description="Approve stage",
+        icon="verified",
+        url_path=services.APPROVE_STAGE,
+        variant=ActionVariant.PRIMARY,
+        permissions=["approve"],
+        dialog=dialog(
+            "Let this stage pass?",
+            "It passes when it has also done well: soaked, with enough reports and successes.",
+            "Approve",
+            OptionalCommentForm,
+        ),
+    )
+    def approve_stage(self, request: HttpRequest, form: CommentForm, object_id: str) -> HttpResponse:
+        return self._operate(request, form, object_id, deciding.approve_stage, "free to pass its stage")
 
     @action(
         description="Resume",
@@ -176,7 +258,7 @@ class RolloutAdmin(KeptAdmin):
         return adminkit.perform(
             request,
             lambda: service(rollout=rollout, actor=adminkit.actor(request), comment=comment),
-            done=f"Rollout {rollout} is {done}.",
+            done=lambda made: f"Rollout {rollout} is {done or made.get_state_display().lower()}.",
             then=presentation.page_of(rollout),
         )
 
@@ -188,7 +270,17 @@ class RolloutAdmin(KeptAdmin):
 
     @display(description="To")
     def to(self, rollout: Rollout) -> str:
-        return str(rollout.group or "every device")
+        """Short, for the list."""
+        narrowed = "*" if rollout.selector or rollout.exclude or rollout.exclude_group_id else ""
+        return f"{rollout.group or 'every device'}{narrowed}"
+
+    @display(description="For")
+    def meant_for(self, rollout: Rollout) -> str:
+        """The group and what narrows it, as it is written."""
+        parts = [f"group {rollout.group}" if rollout.group else "every device", f"only {rollout.selector}"]
+        parts += [f"without group {rollout.exclude_group}", f"without {rollout.exclude}"]
+        there = (True, rollout.selector, rollout.exclude_group, rollout.exclude)
+        return presentation.chips(part for part, is_there in zip(parts, there, strict=True) if is_there)
 
     @display(description="State", ordering="state")
     def state_label(self, rollout: Rollout) -> str:
@@ -209,6 +301,22 @@ class RolloutAdmin(KeptAdmin):
     @display(description="Created by")
     def by(self, rollout: Rollout) -> str:
         return str(rollout.created_by or "-")
+
+    @display(description="Approval")
+    def approved(self, rollout: Rollout) -> str:
+        given = rollout.actions.filter(action=services.APPROVE).last()
+        if given:
+            return f"by {given.actor}"
+        needed = rollout.started_at is None and approval.is_needed(rollout)
+        return "needed, by somebody else than its author" if needed else "-"
+
+    @display(description="Begins at")
+    def begins(self, rollout: Rollout) -> str:
+        return presentation.ago(rollout.start_at, never="when it is started")
+
+    @display(description="Pace")
+    def pace_text(self, rollout: Rollout) -> str:
+        return presentation.chips(pace_texts(rollout))
 
     @display(description="Started", ordering="started_at")
     def started(self, rollout: Rollout) -> str:
@@ -238,4 +346,5 @@ class RolloutAdmin(KeptAdmin):
 
     @display(description="Probation")
     def probation_text(self, rollout: Rollout) -> str:
-        return presentation.label_chips(rollout.probation) if rollout.probation else "standard"
+        said = watch.texts(rollout.probation, rollout.max_hold, forgive=rollout.forgive)
+        return presentation.chips(said) if said else "standard"

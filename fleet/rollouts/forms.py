@@ -1,11 +1,11 @@
 """The form that proposes a rollout. Stages share their guards; the API takes each stage with its own."""
 
 from datetime import time
-from itertools import pairwise
 from typing import Any
 
 from django import forms
 from unfold.widgets import (
+    UnfoldAdminDecimalFieldWidget,
     UnfoldAdminIntegerFieldWidget,
     UnfoldAdminSelectWidget,
     UnfoldAdminTextInputWidget,
@@ -14,10 +14,14 @@ from unfold.widgets import (
 )
 
 from device_sdk.protocol.assignment import CONDITION_FLAGS, MAX_BYTES
+from fleet.devices.forms import SelectorField
 from fleet.devices.models import Group
+from fleet.errors import Invalid
 from fleet.releases.models import Release
-from fleet.rollouts import services
+from fleet.rollouts import guards, services, targeting
 from fleet.rollouts.models import Rollout
+from fleet.rollouts.pace_form import PaceForm
+from fleet.rollouts.terms.watch import WatchFields
 
 
 def _megabytes(label: str, help_text: str) -> forms.IntegerField:
@@ -31,18 +35,30 @@ def _megabytes(label: str, help_text: str) -> forms.IntegerField:
     )
 
 
-class RolloutForm(forms.ModelForm):  # type: ignore[type-arg]
+class RolloutForm(WatchFields, PaceForm, forms.ModelForm):  # type: ignore[type-arg]
     release = forms.ModelChoiceField(
         Release.objects.filter(state=Release.State.VALID).select_related("model"), widget=UnfoldAdminSelectWidget
     )
     group = forms.ModelChoiceField(
         Group.objects.all(), required=False, empty_label="Every device", widget=UnfoldAdminSelectWidget
     )
+    selector = SelectorField(label="Only", help_text="Narrows the group: site in (graz, linz), !lab. Empty: all of it.")
+    exclude_group = forms.ModelChoiceField(
+        Group.objects.all(),
+        label="Without the group",
+        required=False,
+        empty_label="Nobody is left out",
+        widget=UnfoldAdminSelectWidget,
+    )
+    exclude = SelectorField(
+        label="Without", help_text="Devices that are left out: tier=gold, or @name in (cam-1, cam-2)."
+    )
     percents = forms.CharField(
         label="Stages",
         initial="5, 25, 100",
         widget=UnfoldAdminTextInputWidget,
-        help_text="Percent of the group that each stage reaches, rising to 100.",
+        help_text="Percent of the group that each stage reaches, rising to 100. The name of a group is a ring: its "
+        "devices go first, as in canary, 5, 25, 100.",
     )
     soak_minutes = forms.IntegerField(
         initial=60, min_value=0, widget=UnfoldAdminIntegerFieldWidget, help_text="Shortest time in each stage."
@@ -97,23 +113,59 @@ class RolloutForm(forms.ModelForm):  # type: ignore[type-arg]
         help_text="Of each device, urgent or not. Empty: no limit.",
     )
     daily = _megabytes("Download a day (MB)", "Of each device. Empty: no limit.")
+    guards = forms.CharField(
+        required=False,
+        initial=guards.USUAL,
+        widget=UnfoldAdminTextInputWidget,
+        help_text=f"Of {', '.join(guards.SCALES)}; each may have effect=, limit= and test=no: "
+        "errors effect=0.01 limit=0.05, latency. Empty: none.",
+    )
+    false_alarm_percent = forms.FloatField(
+        label="False alarms (%)",
+        required=False,
+        initial=1,
+        min_value=0.0001,
+        max_value=50,
+        widget=UnfoldAdminDecimalFieldWidget,
+        help_text="Chance that a healthy rollout is ever halted by its guards, looked at all the time.",
+    )
+    guard_devices = forms.IntegerField(
+        label="Devices compared",
+        required=False,
+        initial=1,
+        min_value=0,
+        widget=UnfoldAdminIntegerFieldWidget,
+        help_text="Exposed devices that each guard must have compared before a stage passes.",
+    )
+    guard_calls = forms.IntegerField(
+        label="Calls compared",
+        required=False,
+        initial=50,
+        min_value=1,
+        widget=UnfoldAdminIntegerFieldWidget,
+        help_text="Calls after which a device can be compared.",
+    )
     start_now = forms.BooleanField(
         label="Start at once", required=False, widget=UnfoldBooleanSwitchWidget, help_text="Else it waits as a draft."
     )
 
     class Meta:
         model = Rollout
-        fields = ("release", "group", "on_failure", "urgent")
+        fields = ("release", "group", "selector", "exclude", "exclude_group", "on_failure", "urgent")
 
-    def clean_percents(self) -> list[float]:
+    def clean_percents(self) -> list[dict[str, Any]]:
         try:
-            percents = [float(part) for part in self.cleaned_data["percents"].replace("%", "").split(",")]
+            stages = [targeting.read_stage(part) for part in self.cleaned_data["percents"].split(",")]
+            targeting.percents([services.StagePlan(**stage) for stage in stages])
+        except Invalid as error:
+            raise forms.ValidationError(error.message) from error
+        return stages
+
+    def clean_guards(self) -> dict[str, Any]:
+        try:
+            return guards.parse_text(self.cleaned_data["guards"])
         except ValueError as error:
-            raise forms.ValidationError("expected numbers separated by commas, such as 5, 25, 100") from error
-        rising = all(a < b for a, b in pairwise(percents))
-        if not rising or percents[0] <= 0 or percents[-1] != 100:
-            raise forms.ValidationError("expected rising numbers over 0, the last one 100")
-        return percents
+            raise forms.ValidationError(str(error)) from error
 
     def clean(self) -> dict[str, Any]:
         given = super().clean() or self.cleaned_data
@@ -124,11 +176,12 @@ class RolloutForm(forms.ModelForm):  # type: ignore[type-arg]
     def terms(self) -> dict[str, Any]:
         """What `services.create` takes."""
         given = self.cleaned_data
-        guards = {
+        plan = {
             "soak_seconds": given["soak_minutes"] * 60,
             "success_threshold": given["success_percent"] / 100,
             "min_reports": given["min_reports"],
             "failure_budget": given["failure_budget"],
+            "needs_approval": given["approve_stages"],
         }
         window = None
         if given["window_start"] is not None:
@@ -136,13 +189,24 @@ class RolloutForm(forms.ModelForm):  # type: ignore[type-arg]
         return {
             "release": given["release"],
             "group": given["group"],
-            "stages": [services.StagePlan(percent=percent, **guards) for percent in given["percents"]],
+            **{name: given[name] for name in ("selector", "exclude", "exclude_group")},
+            "stages": [services.StagePlan(**stage, **plan) for stage in given["percents"]],
             "on_failure": given["on_failure"],
             "urgent": given["urgent"],
             "window": window,
+            "guards": self._guards() if given["guards"] else {},
+            "pace": self.pace(),
             "conditions": {name: (given[name] or 0) * unit for name, unit in _UNITS.items() if given[name]}
             | {name: True for name in CONDITION_FLAGS if given[name]},
+            **self.watch_terms(),
         }
+
+    def _guards(self) -> dict[str, Any]:
+        """What is left empty is as usual."""
+        given, percent = self.cleaned_data, self.cleaned_data["false_alarm_percent"]
+        plain = {"devices": given["guard_devices"], "calls": given["guard_calls"]}
+        plain["false_alarm"] = percent and percent / 100
+        return {**given["guards"], **{name: value for name, value in plain.items() if value is not None}}
 
 
 _UNITS = {"free_disk": 10**6, "free_memory": 10**6, "daily": 10**6, "rate": 1000}

@@ -1,110 +1,242 @@
-"""Decide what a device should run, and whether a stage may pass. No IO, no clock: callers pass facts, counts, time.
+"""Decide what a device should run. No IO, no clock: callers pass facts. Whether a stage may pass is `stages`.
 
-What it refuses: to guess. A release that is not there, a number that is none, a time without a zone: the answer is
-"keep what runs" for a device, and Hold for a stage.
+For each model of a device, one answer, however many rollouts there are and however their groups overlap:
+
+1. A pin overrides every rollout. A pin to a release that is gone, or that the device cannot run: keep what runs.
+2. Else the model's rollouts are asked in turn, the one started last first; the first that admits the device gives its
+   release. It admits the device if, in this order:
+   a. it is in force: running, paused or completed, and its release valid;
+   b. the device is in its group, and not among those excluded;
+   c. the device has not failed in it;
+   d. the device can run a variant of the release, and of each release to step through before it (`variants`);
+   e. completed: everyone. Paused: who runs the release already. Running: who is in a ring of the stages so far, or in
+      the cohort of their percentage.
+3. What it gives is the release; or, while the device has not passed a floor, the release to step through first.
+4. No rollout admits the device: keep what runs, or stop the model where its policy says so.
+
+A release that is in force without a valid variant is a doubt, and a doubt keeps what runs. `explaining` tells all this
+about one device in words.
 """
 
-import math
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
-from datetime import datetime
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 
-from device_sdk.protocol.assignment import ALWAYS, NO_CONDITIONS, Assignment, Conditions, Probation, Window
+from device_sdk.protocol.assignment import ALWAYS, MAX_HOLD, NO_CONDITIONS, Assignment, Probation
 from device_sdk.protocol.cohorts import COHORTS, cohort
-from device_sdk.protocol.names import ReleasePath
+from fleet.rollouts.facts import (
+    AWAITING_APPROVAL,
+    CANCELLED,
+    COMPLETED,
+    DRAFT,
+    HALTED,
+    IN_FORCE,
+    PAUSED,
+    RUNNING,
+    DeviceFacts,
+    ManifestRef,
+    ReleaseRef,
+    RolloutRules,
+    Snapshot,
+    Traits,
+)
+from fleet.rollouts.stages import (
+    HOLD,
+    PAUSE,
+    ROLL_BACK,
+    Advance,
+    Complete,
+    Decision,
+    Halt,
+    Hold,
+    Pause,
+    StageRules,
+    Tally,
+    enough_reports,
+    next_step,
+)
+from fleet.rollouts.variants import Step, Way, choose_variant, place_on, way_to
 
-DRAFT, AWAITING_APPROVAL, RUNNING, PAUSED = "draft", "awaiting_approval", "running", "paused"
-HALTED, CANCELLED, COMPLETED = "halted", "cancelled", "completed"
-IN_FORCE = frozenset({RUNNING, PAUSED, COMPLETED})  # the others admit nobody
-
-HOLD, PAUSE, ROLL_BACK = "hold", "pause", "roll_back"  # what a spent failure budget does
-
-VARIANT_LABEL, DEFAULT_VARIANT = "variant", "default"
-
-
-# --- what a device should run ------------------------------------------------------------------------------------
+__all__ = [
+    "AWAITING_APPROVAL", "CANCELLED", "COMPLETED", "DRAFT", "HALTED", "HOLD", "IN_FORCE", "PAUSE", "PAUSED",
+    "ROLL_BACK", "RUNNING", "Advance", "Complete", "Decision", "DeviceFacts", "Halt", "Hold", "ManifestRef", "Pause",
+    "ReleaseRef", "RolloutRules", "Snapshot", "StageRules", "Tally", "Traits", "choose_variant", "enough_reports",
+    "next_step",
+]  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
-class ManifestRef:
-    """The signed manifest of a variant. `length` in bytes."""
+class Option:
+    """A rollout in force that may admit devices of some traits, and what it assigns at each step of the way.
 
-    length: int
-    sha256: str
+    `targeted`, `ahead` (in a ring of the stages so far): None where it hangs on the device's name.
+    """
+
+    rollout: RolloutRules
+    way: Way
+    assignments: tuple[Assignment, ...]
+    targeted: bool | None
+    ahead: bool | None
+
+    @property
+    def assignment(self) -> Assignment:
+        """That of the release itself; one without a release is a doubt, and keeps what runs."""
+        return self.assignments[0]
 
 
 @dataclass(frozen=True, slots=True)
-class ReleaseRef:
-    """A valid release and its valid variants."""
+class ModelPlan:
+    """The options for one model, the newest first; `otherwise` is for devices that none of them admits."""
 
     model: str
-    version: str
-    variants: Mapping[str, ManifestRef]
+    options: tuple[Option, ...]
+    otherwise: Assignment
 
 
 @dataclass(frozen=True, slots=True)
-class RolloutRules:
-    """A rollout as far as devices are concerned. `percent` is that of the stage in force."""
+class Plan:
+    """All that the policy says to devices of the same traits, whoever they are."""
 
-    id: int
-    state: str
-    release: ReleaseRef
-    salt: str
-    percent: float
-    selector: Mapping[str, Sequence[str]] = field(default_factory=dict)
-    urgent: bool = False
-    window: Window = ALWAYS
-    probation: Probation = field(default_factory=Probation)
-    conditions: Conditions = NO_CONDITIONS
-
-
-@dataclass(frozen=True, slots=True)
-class Snapshot:
-    """The policy in force: rollouts by model, the newest first. `stops`: models to stop where nothing may run."""
-
-    rollouts: Mapping[str, Sequence[RolloutRules]] = field(default_factory=dict)
-    stops: frozenset[str] = frozenset()
-
-
-@dataclass(frozen=True, slots=True)
-class DeviceFacts:
-    """`runs` maps a model to `<version>/<variant>`; a pin to a release that is gone is None, to a revoked one: none."""
-
-    name: str
-    labels: Mapping[str, str]
-    models: Sequence[str]
-    pins: Mapping[str, ReleaseRef | None] = field(default_factory=dict)
-    runs: Mapping[str, str] = field(default_factory=dict)
-    failed: frozenset[int] = frozenset()  # rollouts in which it failed
+    traits: Traits
+    models: tuple[ModelPlan, ...]
 
 
 def desired(snapshot: Snapshot, device: DeviceFacts) -> dict[str, Assignment]:
     """What the device should run of each of its models; without a release: keep what runs, or stop the model."""
-    return {model: _desired(snapshot, device, model) for model in device.models}
+    return decide(plan(snapshot, device.traits), device)
 
 
-def _desired(snapshot: Snapshot, device: DeviceFacts, model: str) -> Assignment:
+# --- what depends on the traits alone ----------------------------------------------------------------------------
+
+
+def plan(snapshot: Snapshot, traits: Traits) -> Plan:
+    """Worth keeping, as long as the snapshot is in force."""
+    return Plan(traits, tuple(_model_plan(snapshot, traits, model) for model in traits.models))
+
+
+def _model_plan(snapshot: Snapshot, traits: Traits, model: str) -> ModelPlan:
     stop = model in snapshot.stops
-    if model in device.pins:
-        return _assign(model, device.pins[model], device.labels, stop=stop)
-    for rollout in snapshot.rollouts.get(model, ()):
-        if admits(rollout, device):
-            return _assign(model, rollout.release, device.labels, rollout, stop=stop)
-    return Assignment(model=model, stop=stop)
+    options = tuple(_options(snapshot.rollouts.get(model, ()), traits, stop=stop))
+    return ModelPlan(model, options, otherwise=Assignment(model=model, stop=stop))
+
+
+def _options(rollouts: Sequence[RolloutRules], traits: Traits, *, stop: bool) -> Iterator[Option]:
+    labels = dict(traits.labels)
+    for rollout in rollouts:
+        targeted = _targeted_by_labels(rollout, labels)
+        if rollout.state not in IN_FORCE or targeted is False:
+            continue
+        way = way_to(rollout.release, traits)
+        if not way.steps and rollout.release.variants:
+            continue
+        ahead = _any([ring.by_labels(labels) for ring in rollout.rings])
+        yield Option(rollout, way, _assignments(rollout.release, way, rollout, stop=stop), targeted, ahead)
+
+
+def _targeted_by_labels(rollout: RolloutRules, labels: Mapping[str, str]) -> bool | None:
+    inside = rollout.selector.by_labels(labels)
+    outside = _any([each.by_labels(labels) for each in rollout.excludes])
+    if inside is False or outside is True:
+        return False
+    return None if inside is None or outside is None else True
+
+
+def _any(answers: Sequence[bool | None]) -> bool | None:
+    """True where one is; None where it hangs on one that is not known."""
+    return True if True in answers else None if None in answers else False
+
+
+def _assignments(
+    release: ReleaseRef, way: Way, rollout: RolloutRules | None = None, *, stop: bool
+) -> tuple[Assignment, ...]:
+    """One for each step. Without a way: that keeps what runs, whatever the model's policy is where nothing may run."""
+    return tuple(_assignment(step, rollout, stop=stop) for step in way.steps) or (Assignment(model=release.model),)
+
+
+def _assignment(step: Step, rollout: RolloutRules | None, *, stop: bool) -> Assignment:
+    return Assignment(
+        model=step.path.model,
+        release=step.path,
+        length=step.manifest.length,
+        sha256=step.manifest.sha256,
+        rollout=str(rollout.id) if rollout else "",
+        urgent=rollout.urgent if rollout else False,
+        window=rollout.window if rollout else ALWAYS,
+        probation=rollout.probation if rollout else Probation(),
+        conditions=rollout.conditions if rollout else NO_CONDITIONS,
+        max_hold=rollout.max_hold if rollout else MAX_HOLD,
+        forgive=rollout.forgive if rollout else False,
+        stop=stop,
+    )
+
+
+# --- what depends on the device ----------------------------------------------------------------------------------
+
+
+def decide(plan: Plan, device: DeviceFacts) -> dict[str, Assignment]:
+    """What hangs on the device itself: its name, its pins, its place in cohorts, what it runs and where it failed."""
+    return {each.model: _decide(each, device) for each in plan.models}
+
+
+def _decide(each: ModelPlan, device: DeviceFacts) -> Assignment:
+    if each.model in device.pins:
+        return pinned_assignment(each.model, device, stop=each.otherwise.stop)
+    for option in each.options:
+        if _lets_in(option, device):
+            return option.assignments[place_on(option.way, running_version(device, each.model))]
+    return each.otherwise
+
+
+def _lets_in(option: Option, device: DeviceFacts) -> bool:
+    rollout = option.rollout
+    if rollout.id in device.failed or not (option.targeted or targets(rollout, device.labels, device.name)):
+        return False
+    return rollout.state == COMPLETED or (
+        runs_release(device, rollout.release)
+        if rollout.state == PAUSED
+        else bool(option.ahead) or reaches(rollout, device, rings=option.ahead is None)
+    )
+
+
+def pinned_assignment(model: str, device: DeviceFacts, *, stop: bool) -> Assignment:
+    release = device.pins[model]
+    if release is None:
+        return Assignment(model=model)
+    way = way_to(release, device.traits)
+    return _assignments(release, way, stop=stop)[place_on(way, running_version(device, model))]
+
+
+# --- parts of the rules ------------------------------------------------------------------------------------------
 
 
 def admits(rollout: RolloutRules, device: DeviceFacts) -> bool:
-    """Whether this rollout's release is for this device now."""
-    if rollout.state not in IN_FORCE or rollout.id in device.failed or not targets(rollout, device.labels):
+    """Whether this rollout gives the device something now, pins aside. `explaining.obstacle` says why not."""
+    if rollout.state not in IN_FORCE or rollout.id in device.failed:
+        return False
+    if not targets(rollout, device.labels, device.name):
+        return False
+    if rollout.release.variants and way_to(rollout.release, device.traits).lacks:
         return False
     if rollout.state == PAUSED:
         return runs_release(device, rollout.release)
-    return rollout.state == COMPLETED or in_cohort(rollout.salt, device.name, rollout.percent)
+    return rollout.state == COMPLETED or reaches(rollout, device)
 
 
-def targets(rollout: RolloutRules, labels: Mapping[str, str]) -> bool:
-    """Whether the labels are those of the rollout's group: each named label has one of its allowed values."""
-    return all(labels.get(label) in allowed for label, allowed in rollout.selector.items())
+def targets(rollout: RolloutRules, labels: Mapping[str, str], name: str) -> bool:
+    """Whether a device of these labels and name is in the rollout's group, and not excluded."""
+    return rollout.selector.matches(labels, name) and not is_excluded(rollout, labels, name)
+
+
+def is_excluded(rollout: RolloutRules, labels: Mapping[str, str], name: str) -> bool:
+    return any(each.matches(labels, name) for each in rollout.excludes)
+
+
+def reaches(rollout: RolloutRules, device: DeviceFacts, *, rings: bool = True) -> bool:
+    """Whether the stages so far have come to a device of the group. `rings` False: its percentage alone."""
+    return in_cohort(rollout.salt, device.name, rollout.percent) or (rings and in_a_ring(rollout, device))
+
+
+def in_a_ring(rollout: RolloutRules, device: DeviceFacts) -> bool:
+    return any(ring.matches(device.labels, device.name) for ring in rollout.rings)
 
 
 def in_cohort(salt: str, device: str, percent: float) -> bool:
@@ -112,167 +244,9 @@ def in_cohort(salt: str, device: str, percent: float) -> bool:
     return cohort(salt, device) * 100 < percent * COHORTS
 
 
+def running_version(device: DeviceFacts, model: str) -> str:
+    return device.runs.get(model, "").partition("/")[0]
+
+
 def runs_release(device: DeviceFacts, release: ReleaseRef) -> bool:
-    return device.runs.get(release.model, "").startswith(f"{release.version}/")
-
-
-def choose_variant(variants: Iterable[str], labels: Mapping[str, str]) -> str | None:
-    """The one that the device's label asks for, else `default`, else the first by name."""
-    names = sorted(variants)
-    for wanted in (labels.get(VARIANT_LABEL), DEFAULT_VARIANT):
-        if wanted in names:
-            return wanted
-    return names[0] if names else None
-
-
-def _assign(
-    model: str,
-    release: ReleaseRef | None,
-    labels: Mapping[str, str],
-    rollout: RolloutRules | None = None,
-    *,
-    stop: bool,
-) -> Assignment:
-    """A release that is gone, or has no variant, is a doubt: what runs is kept, whatever the model's policy."""
-    variant = choose_variant(release.variants, labels) if release else None
-    if release is None or variant is None:
-        return Assignment(model=model)
-    manifest = release.variants[variant]
-    return Assignment(
-        model=model,
-        release=ReleasePath(model, release.version, variant),
-        length=manifest.length,
-        sha256=manifest.sha256,
-        rollout=str(rollout.id) if rollout else "",
-        urgent=rollout.urgent if rollout else False,
-        window=rollout.window if rollout else ALWAYS,
-        probation=rollout.probation if rollout else Probation(),
-        conditions=rollout.conditions if rollout else NO_CONDITIONS,
-        stop=stop,
-    )
-
-
-# --- whether a stage may pass ------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True)
-class StageRules:
-    """A stage as its author wrote it, and when it began. `success_threshold` is a fraction of the admitted.
-
-    Zero reports at a threshold of zero needs no device at all: for the first release of a model.
-    """
-
-    percent: float
-    soak_seconds: float
-    min_reports: int
-    success_threshold: float
-    failure_budget: int
-    last: bool
-    on_failure: str = ROLL_BACK
-    since: datetime | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Tally:
-    """`admitted`: devices of the stage that could know of it, None if not counted; the others are outcomes."""
-
-    committed: int
-    failed: int
-    admitted: int | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Hold:
-    reason: str
-
-
-@dataclass(frozen=True, slots=True)
-class Advance:
-    pass
-
-
-@dataclass(frozen=True, slots=True)
-class Complete:
-    pass
-
-
-@dataclass(frozen=True, slots=True)
-class Pause:
-    reason: str
-
-
-@dataclass(frozen=True, slots=True)
-class Halt:
-    reason: str
-
-
-Decision = Hold | Advance | Complete | Pause | Halt
-
-
-def next_step(stage: StageRules, tally: Tally, now: datetime) -> Decision:
-    """Errors before success; then soak, reports, share of success. Any doubt is Hold."""
-    if not (_count(stage.failure_budget) and _count(tally.failed)):
-        return Hold("the failure budget or the count of failures is malformed")
-    if tally.failed > stage.failure_budget:
-        return _on_failure(stage, tally)
-    waits = _doubt(stage, tally, now) or _soak(stage, now) or _reports(stage, tally) or _share(stage, tally)
-    if waits:
-        return Hold(waits)
-    return Complete() if stage.last else Advance()
-
-
-def enough_reports(stage: StageRules, tally: Tally, now: datetime) -> bool:
-    """Whether it is worth counting the admitted devices: everything cheaper already speaks for passing."""
-    return not (_doubt(stage, tally, now) or _soak(stage, now) or _reports(stage, tally))
-
-
-def _on_failure(stage: StageRules, tally: Tally) -> Decision:
-    reason = f"failure budget spent: {tally.failed} failed, {stage.failure_budget} allowed"
-    if stage.on_failure == HOLD:
-        return Hold(reason)
-    return Pause(reason) if stage.on_failure == PAUSE else Halt(reason)
-
-
-def _doubt(stage: StageRules, tally: Tally, now: datetime) -> str:
-    """Name the first thing that cannot be trusted, or nothing."""
-    doubts = {
-        "the stage's percentage is malformed": not _number(stage.percent, 0, 100) or stage.percent == 0,
-        "the stage's soak time is malformed": not _number(stage.soak_seconds, 0, math.inf),
-        "the success threshold is malformed": not _number(stage.success_threshold, 0, 1),
-        "the counts of reports are malformed": not (_count(stage.min_reports) and _count(tally.committed)),
-        "the stage has no beginning": not (_moment(stage.since) and _moment(now)),
-    }
-    return next((reason for reason, doubtful in doubts.items() if doubtful), "")
-
-
-def _soak(stage: StageRules, now: datetime) -> str:
-    passed = (now - (stage.since or now)).total_seconds()
-    return f"soaking for {stage.soak_seconds:g} s" if passed < stage.soak_seconds else ""
-
-
-def _reports(stage: StageRules, tally: Tally) -> str:
-    reports = tally.committed + tally.failed
-    return f"waiting for reports: {reports} of {stage.min_reports}" if reports < stage.min_reports else ""
-
-
-def _share(stage: StageRules, tally: Tally) -> str:
-    if not _count(tally.admitted):
-        return "the admitted devices are not counted"
-    admitted = max(tally.admitted or 0, tally.committed + tally.failed)
-    needed = math.ceil(stage.success_threshold * admitted - 1e-9)
-    if tally.committed < needed:
-        return f"waiting for success: {tally.committed} of {admitted} committed, {needed} needed"
-    return ""
-
-
-def _number(value: object, low: float, high: float) -> bool:
-    good = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-    return good and low <= value <= high  # type: ignore[operator]  # checked in the line above
-
-
-def _moment(value: object) -> bool:
-    return isinstance(value, datetime) and value.utcoffset() is not None
-
-
-def _count(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+    return running_version(device, release.model) == release.version

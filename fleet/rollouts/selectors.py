@@ -1,18 +1,21 @@
 """What can be asked about rollouts: a device's assignments, how far a rollout is, and why a device lags."""
 
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from datetime import datetime
+from functools import lru_cache
 
 from django.db.models import Count, Q
 
 from device_sdk.protocol import events
+from device_sdk.protocol.abilities import UNSAID, Abilities
 from device_sdk.protocol.assignment import Assignment
+from device_sdk.protocol.errors import ProtocolError
 from fleet.devices.models import Device, ModelStatus
-from fleet.devices.selectors import matches, members, offline_before
+from fleet.devices.selectors import members, offline_before
 from fleet.releases.models import Release, Variant
-from fleet.rollouts import policy, snapshots
+from fleet.rollouts import explaining, policy, snapshots, targeting
 from fleet.rollouts.models import Outcome, Rollout
 
 FAILED, COMMITTED = Outcome.State.FAILED, Outcome.State.COMMITTED
@@ -27,16 +30,23 @@ def assignments_for(device: Device, *, runs: Mapping[str, str] | None = None) ->
 
     `runs` is what it says it runs now; None: what the server knows.
     """
-    failed = Outcome.objects.filter(device=device, state=FAILED).values_list("rollout_id", flat=True)
-    facts = _facts(device, failed=frozenset(failed), pinned=_pinned([device]), runs=runs)
-    return list(policy.desired(snapshots.current(), facts).values())
+    return list(policy.desired(snapshots.current(), device_facts(device, runs=runs)).values())
+
+
+def explain(device: Device, model: str | None = None) -> list[explaining.Explanation]:
+    """Why the device runs what it runs, of each of its models or of one; with rollouts that are not in force, too."""
+    told = explaining.explain(snapshots.compile_history(), device_facts(device))
+    return [each for each in told if model in {None, each.model}]
 
 
 def manifests_for(assignments: Iterable[Assignment]) -> dict[str, str]:
     """The texts of the assigned manifests, by sha256."""
-    wanted = {assignment.sha256 for assignment in assignments if assignment.release}
-    found = Variant.objects.filter(manifest_sha256__in=wanted) if wanted else Variant.objects.none()
-    return dict(found.values_list("manifest_sha256", "manifest"))
+    return {item.sha256: _manifest(item.sha256) for item in assignments if item.release}
+
+
+@lru_cache(maxsize=256)  # by hash: a manifest never changes
+def _manifest(sha256: str) -> str:
+    return Variant.objects.filter(manifest_sha256=sha256).values_list("manifest", flat=True)[0]
 
 
 def releases_exist(runs: Mapping[str, str]) -> bool:
@@ -48,45 +58,86 @@ def releases_exist(runs: Mapping[str, str]) -> bool:
     return not runs or Variant.objects.filter(wanted).count() == len(runs)
 
 
+TRAITS = ("labels", "model_names", "sdk", "abilities")  # the columns of which `traits_of` makes them
+
+
+def traits_of(device: Device) -> policy.Traits:
+    """What it said it can run is its own word, checked when it came; a row that is wrong all the same says nothing."""
+    try:
+        abilities = Abilities.parse(device.abilities)
+    except ProtocolError:
+        abilities = UNSAID
+    return policy.Traits.of(device.labels, device.model_names, sdk=device.sdk, abilities=abilities)
+
+
+def device_facts(device: Device, *, runs: Mapping[str, str] | None = None) -> policy.DeviceFacts:
+    """All that the policy wants to know of a device. `runs` None: what the server knows."""
+    failed = Outcome.objects.filter(device=device, state=FAILED).values_list("rollout_id", flat=True)
+    return _facts(device, failed=frozenset(failed), pinned=_pinned([device]), runs=runs)
+
+
+def facts_of(
+    *,
+    name: str,
+    traits: policy.Traits,
+    pins: Mapping[str, str],
+    pinned: "Pins",
+    runs: Mapping[str, str],
+    failed: frozenset[int],
+) -> policy.DeviceFacts:
+    """A device as the policy sees it: for whoever has its row, and for the poll, which has not."""
+    bound = {pin[0]: pinned.valid.get(pin) for pin in pins.items() if pin not in pinned.void} if pins else {}
+    return policy.DeviceFacts(name=name, traits=traits, pins=bound, runs=runs, failed=failed)
+
+
 def _facts(
     device: Device,
     *,
     failed: frozenset[int],
-    pinned: "_Pins",
+    pinned: "Pins",
     runs: Mapping[str, str] | None = None,
 ) -> policy.DeviceFacts:
     if runs is None:
         runs = device.runs.runs if device.runs else {}
-    return policy.DeviceFacts(
-        name=device.name,
-        labels=device.labels,
-        models=device.model_names,
-        pins={pin[0]: pinned.valid.get(pin) for pin in device.pins.items() if pin not in pinned.void},
-        runs=runs,
-        failed=failed,
+    return facts_of(
+        name=device.name, traits=traits_of(device), pins=device.pins, pinned=pinned, runs=runs, failed=failed
     )
 
 
+def failures(devices: Collection[int] | None = None) -> dict[int, frozenset[int]]:
+    """In which rollouts devices failed that may still admit them, by device; None: of all devices. One query."""
+    rows = Outcome.objects.filter(state=FAILED).exclude(rollout__state=Rollout.State.CANCELLED)
+    if devices is not None:
+        rows = rows.filter(device__in=devices)
+    found = defaultdict[int, set[int]](set)
+    for device, rollout in rows.values_list("device_id", "rollout_id"):
+        found[device].add(rollout)
+    return {device: frozenset(rollouts) for device, rollouts in found.items()}
+
+
 @dataclass(frozen=True, slots=True)
-class _Pins:
+class Pins:
     """What devices are pinned to, by model and version. `void`: revoked since, so that the pin binds no more."""
 
     valid: Mapping[tuple[str, str], policy.ReleaseRef]
     void: frozenset[tuple[str, str]] = frozenset()
 
 
-def _pinned(devices: Iterable[Device]) -> _Pins:
-    """The releases to which these devices are pinned. No query where there is no pin."""
-    pins = {pin for device in devices for pin in device.pins.items()}
+def _pinned(devices: Iterable[Device]) -> Pins:
+    return pinned_to({pin for device in devices for pin in device.pins.items()})
+
+
+def pinned_to(pins: Collection[tuple[str, str]]) -> Pins:
+    """Where these pins, each a model and a version, lead. No query where there is none."""
     if not pins:
-        return _Pins({})
+        return Pins({})
     wanted = Q()
     for model, version in pins:
         wanted |= Q(model__name=model, version=version)
     found = list(Release.objects.filter(wanted).select_related("model").prefetch_related(snapshots.with_variants()))
     refs = [snapshots.release_ref(release) for release in found if release.state == Release.State.VALID]
     void = {(row.model.name, row.version) for row in found if row.state == Release.State.REVOKED}
-    return _Pins({(ref.model, ref.version): ref for ref in refs}, frozenset(void))
+    return Pins({(ref.model, ref.version): ref for ref in refs}, frozenset(void))
 
 
 # --- one rollout -------------------------------------------------------------------------------------------------
@@ -115,7 +166,7 @@ class Progress:
 
 
 def progress(rollout: Rollout) -> Progress:
-    total = sum(rollout.release.model.name in device.model_names for device in members(rollout.group))
+    total = sum(rollout.release.model.name in device.model_names for device in targeting.devices(rollout))
     return _progress(rollout, total, {device.pk for device in assigned_devices(rollout)})
 
 
@@ -141,10 +192,11 @@ def tally(rollout: Rollout, *, counted: bool) -> policy.Tally:
     """What is known of the stage in force. `counted` adds the admitted devices, which takes a look at the group.
 
     Who has not decided yet is waited for, unless it never said a word and is offline since before the stage began:
-    it cannot know. Who went silent later is waited for: the release may be why.
+    it cannot know. Who went silent later is waited for, until it times out: the release may be why. A failure that is
+    to be tried again is not decided either.
     """
-    counts = outcome_counts(rollout)
-    committed, failed = counts[COMMITTED], max(counts[FAILED] - rollout.forgiven, 0)
+    counts, pending = outcome_counts(rollout), to_be_retried(rollout)
+    committed, failed = counts[COMMITTED], max(counts[FAILED] - pending - rollout.forgiven, 0)
     if not counted:
         return policy.Tally(committed=committed, failed=failed)
     said = dict(Outcome.objects.filter(rollout=rollout).values_list("device_id", "state"))
@@ -153,14 +205,24 @@ def tally(rollout: Rollout, *, counted: bool) -> policy.Tally:
         said.get(device.pk, UPDATING) not in {COMMITTED, FAILED} and (device.pk in said or _seen_since(device, horizon))
         for device in assigned_devices(rollout)
     )
-    return policy.Tally(committed=committed, failed=failed, admitted=committed + failed + undecided)
+    return policy.Tally(committed=committed, failed=failed, admitted=committed + failed + undecided + pending)
+
+
+def to_be_retried(rollout: Rollout) -> int:
+    """Failures that are not final, see `attempts`."""
+    return Outcome.objects.filter(rollout=rollout, state=FAILED, retry_at__isnull=False).count()
 
 
 def assigned_devices(rollout: Rollout) -> Iterator[Device]:
     """Active devices that should run the release because of this rollout, by the policy itself."""
+    return assigned_among(rollout, list(members(rollout.group)))
+
+
+def assigned_among(rollout: Rollout, devices: Sequence[Device]) -> Iterator[Device]:
+    """Those of some devices, see `assigned_devices`."""
     model = rollout.release.model.name
     snapshot = snapshots.current()
-    for device, facts in _all_facts(list(members(rollout.group))):
+    for device, facts in _all_facts(devices):
         if model in facts.models and policy.desired(snapshot, facts)[model].rollout == str(rollout.pk):
             yield device
 
@@ -182,7 +244,7 @@ def _seen_since(device: Device, moment: datetime) -> bool:
 
 PINNED, OFFLINE, FAILED_THERE, PAUSED = "pinned", "offline", "failed", "paused"
 NOT_ADMITTED, WAITING, UPDATING_NOW, UNSEEN = "not_admitted", "waiting", "updating", "not_polled"
-REFUSES = "refused"
+REFUSES, LACKS = "refused", explaining.LACKS
 
 
 @dataclass(frozen=True, slots=True)
@@ -222,11 +284,12 @@ def survey(rollouts: Sequence[Rollout]) -> Survey:
     """`progress` of several rollouts and all `laggards` by one look at the fleet: for pages that show them together."""
     snapshot, horizon = snapshots.current(), offline_before()
     statuses = {(status.device_id, status.model): status for status in ModelStatus.objects.all()}
+    meant = [rules for rollout in rollouts if (rules := snapshots.rules_of(rollout))]
     assigned, totals, behind = defaultdict[str, set[int]](set), Counter[int](), []
     for device, facts in _all_facts(list(members(None))):
         for assignment in policy.desired(snapshot, facts).values():
             assigned[assignment.rollout].add(device.pk)
-        totals.update(rollout.pk for rollout in rollouts if _is_of(rollout, facts))
+        totals.update(rules.id for rules in meant if _is_of(rules, facts))
         for model in facts.models:
             newest = _newest_for(snapshot, facts, model)
             if newest and not policy.runs_release(facts, newest.release):
@@ -235,9 +298,8 @@ def survey(rollouts: Sequence[Rollout]) -> Survey:
     return Survey(progress, behind)
 
 
-def _is_of(rollout: Rollout, facts: policy.DeviceFacts) -> bool:
-    selector = rollout.group.selector if rollout.group else {}
-    return rollout.release.model.name in facts.models and matches(selector, facts.labels)
+def _is_of(rollout: policy.RolloutRules, facts: policy.DeviceFacts) -> bool:
+    return rollout.release.model in facts.models and policy.targets(rollout, facts.labels, facts.name)
 
 
 # --- who still runs what was taken back --------------------------------------------------------------------------
@@ -286,8 +348,8 @@ def _doing(status: ModelStatus) -> tuple[str, str, datetime | None]:
 
 
 def _newest_for(snapshot: policy.Snapshot, facts: policy.DeviceFacts, model: str) -> policy.RolloutRules | None:
-    found = (rollout for rollout in snapshot.rollouts.get(model, ()) if policy.targets(rollout, facts.labels))
-    return next(found, None)
+    meant = (each for each in snapshot.rollouts.get(model, ()) if policy.targets(each, facts.labels, facts.name))
+    return next(meant, None)
 
 
 def _explain(
@@ -316,9 +378,8 @@ def _reason(
         return PINNED, f"pinned to {device.pins[rollout.release.model]}", None
     if rollout.id in facts.failed:
         return FAILED_THERE, reason, since
-    if not policy.admits(rollout, facts):
-        paused = rollout.state == policy.PAUSED
-        return (PAUSED, f"rollout {rollout.id} is paused", None) if paused else _not_admitted(rollout)
+    if obstacle := explaining.obstacle(rollout, facts):
+        return obstacle[0], f"rollout {rollout.id}: {obstacle[1]}", None
     if refusing := _refusing(device):  # before its silence: whoever answers in our place lets no poll through
         return refusing
     if device.last_seen is None or device.last_seen < horizon:
@@ -340,10 +401,7 @@ def _working(device: Device, status: ModelStatus | None, path: str) -> tuple[str
     return UPDATING_NOW, status.state, status.since
 
 
-def _not_admitted(rollout: policy.RolloutRules) -> tuple[str, str, None]:
-    return NOT_ADMITTED, f"rollout {rollout.id} admits {rollout.percent:g} % so far", None
-
-
 def _path(facts: policy.DeviceFacts, rollout: policy.RolloutRules) -> str:
-    variant = policy.choose_variant(rollout.release.variants, facts.labels)
-    return f"{rollout.release.model}/{rollout.release.version}/{variant}"
+    """What it is given on the way to the rollout's release: maybe a release to step through."""
+    alone = policy.Snapshot({rollout.release.model: [rollout]})
+    return str(policy.desired(alone, replace(facts, pins={}))[rollout.release.model].release)

@@ -1,11 +1,8 @@
 """All that changes a rollout. Every move is a compare-and-set on its state, with a row that says who and why."""
 
-import re
-from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from datetime import datetime
-from itertools import pairwise
-from math import isfinite
 from secrets import token_hex
 from typing import Any
 
@@ -15,33 +12,59 @@ from django.db import transaction
 from django.utils import timezone
 
 from device_sdk.protocol import events as wire
-from device_sdk.protocol.assignment import Conditions, Probation, Window
-from device_sdk.protocol.errors import ProtocolError
+from device_sdk.protocol.assignment import MAX_HOLD
 from fleet.audit import services as audit
 from fleet.devices import services as devices
 from fleet.devices.models import Device, Group, ModelStatus
-from fleet.devices.selectors import members, version_of
+from fleet.devices.selectors import version_of
 from fleet.errors import Conflict, Invalid
 from fleet.releases import selectors as releases
 from fleet.releases.deltas import services as deltas
 from fleet.releases.models import Release
-from fleet.rollouts import policy, selectors, snapshots
+from fleet.rollouts import (
+    approval,
+    attempts,
+    engine_clock,
+    evidence,
+    guards,
+    notes,
+    policy,
+    selectors,
+    snapshots,
+    targeting,
+    throttle,
+)
+from fleet.rollouts.engine_clock import Moment
 from fleet.rollouts.models import Outcome, Rollout, RolloutAction, Stage
+from fleet.rollouts.reports import note_events, wake_engine
+from fleet.rollouts.terms import watch
+from fleet.rollouts.terms.basics import StagePlan, checked_conditions, checked_window, columns
+from fleet.rollouts.terms.pace import USUAL, Pace
+
+__all__ = ["StagePlan", "note_events", "wake_engine"]
 
 START, PAUSE, RESUME, CANCEL, ROLL_BACK = "start", "pause", "resume", "cancel", "roll_back"
+SUBMIT, APPROVE, REJECT, SCHEDULE, APPROVE_STAGE = "submit", "approve", "reject", "schedule", "approve_stage"
 CREATE, ADVANCE, COMPLETE, HALT = "create", "advance", "complete", "halt"
 GUARD = "guard"  # the actor of what nobody did
 
 State = Rollout.State
 TRANSITIONS = {
     (State.DRAFT, START): State.RUNNING,
+    (State.DRAFT, SUBMIT): State.AWAITING_APPROVAL,
+    (State.DRAFT, SCHEDULE): State.SCHEDULED,
     (State.DRAFT, CANCEL): State.CANCELLED,
+    (State.AWAITING_APPROVAL, APPROVE): State.SCHEDULED,
+    (State.AWAITING_APPROVAL, REJECT): State.CANCELLED,
     (State.AWAITING_APPROVAL, CANCEL): State.CANCELLED,
+    (State.SCHEDULED, START): State.RUNNING,
+    (State.SCHEDULED, CANCEL): State.CANCELLED,
     (State.RUNNING, PAUSE): State.PAUSED,
     (State.RUNNING, CANCEL): State.CANCELLED,
     (State.RUNNING, ROLL_BACK): State.HALTED,
     (State.RUNNING, HALT): State.HALTED,
     (State.RUNNING, ADVANCE): State.RUNNING,
+    (State.RUNNING, APPROVE_STAGE): State.RUNNING,
     (State.RUNNING, COMPLETE): State.COMPLETED,
     (State.PAUSED, RESUME): State.RUNNING,
     (State.PAUSED, CANCEL): State.CANCELLED,
@@ -60,17 +83,6 @@ logger = structlog.get_logger(__name__)
 # --- by people ---------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, slots=True)
-class StagePlan:
-    """A stage as its author wants it; see `models.Stage`."""
-
-    percent: float
-    soak_seconds: int = 0
-    min_reports: int = 1
-    success_threshold: float = 0.9
-    failure_budget: int = 0
-
-
 @transaction.atomic
 def create(  # noqa: PLR0913  # a rollout has so many terms
     *,
@@ -83,10 +95,23 @@ def create(  # noqa: PLR0913  # a rollout has so many terms
     window: Mapping[str, int] | None = None,
     probation: Mapping[str, float] | None = None,
     conditions: Mapping[str, Any] | None = None,
+    max_hold: int = MAX_HOLD,
+    forgive: bool = False,
+    selector: str = "",
+    exclude: str = "",
+    exclude_group: Group | None = None,
+    guards: Mapping[str, Any] | None = None,
+    pace: Pace = USUAL,
 ) -> Rollout:
-    """Draft a rollout of a valid release. `group` None: every device. The last three are as on the wire."""
-    _check_release(release)
-    _check_stages(stages)
+    """Draft a rollout of a valid release. `group` None: every device; `window` to `forgive` are as on the wire.
+
+    `selector` narrows the group, `exclude` and `exclude_group` leave devices of it out: see `devices.selection`. For
+    `guards` see `guards.Terms`.
+    """
+    pace.check()
+    check_release(release)
+    reached = targeting.percents(stages)
+    targeting.check_guards(stages)
     if on_failure not in Rollout.OnFailure.values:
         raise Invalid("malformed", f"on_failure: expected one of {Rollout.OnFailure.values}; got {on_failure!r:.40}")
     rollout = Rollout.objects.create(
@@ -95,21 +120,34 @@ def create(  # noqa: PLR0913  # a rollout has so many terms
         salt=token_hex(16),
         on_failure=on_failure,
         urgent=urgent,
-        window=_checked_window(window),
-        probation=_checked_probation(probation),
-        conditions=_checked_conditions(conditions),
+        window=checked_window(window),
+        probation=watch.checked_probation(probation),
+        conditions=checked_conditions(conditions),
+        max_hold=watch.checked_max_hold(max_hold),
+        forgive=forgive,
+        guards=evidence.checked(guards),
         created_by=actor if isinstance(actor, User) else None,
+        **targeting.checked(selector=selector, exclude=exclude, exclude_group=exclude_group),
+        **pace.columns(),
     )
-    Stage.objects.bulk_create([Stage(rollout=rollout, index=i, **asdict(plan)) for i, plan in enumerate(stages)])
+    rows = [columns(plan) | {"percent": percent} for plan, percent in zip(stages, reached, strict=True)]
+    Stage.objects.bulk_create([Stage(rollout=rollout, index=index, **row) for index, row in enumerate(rows)])
     plan = {
         "release": str(release),
         "group": group.name if group else "every device",
-        "stages": [asdict(stage) for stage in stages],
+        "selector": rollout.selector,
+        "exclude": rollout.exclude,
+        "exclude_group": exclude_group.name if exclude_group else "",
+        "stages": [row | {"ring": row["ring"].name if row["ring"] else ""} for row in rows],
         "on_failure": rollout.on_failure,
         "urgent": urgent,
         "window": rollout.window,
         "probation": rollout.probation,
         "conditions": rollout.conditions,
+        "max_hold": max_hold,
+        "forgive": forgive,
+        "guards": rollout.guards,
+        **pace.told(),
     }
     _log(rollout.pk, CREATE, actor, "", plan)
     return rollout
@@ -117,11 +155,31 @@ def create(  # noqa: PLR0913  # a rollout has so many terms
 
 @transaction.atomic
 def start(*, rollout: Rollout | int, actor: User | str, comment: str = "") -> Rollout:
-    """Draft to running, at the first stage."""
-    row = _fetch(rollout)
-    _check_release(row.release)
+    """Draft to running, at the first stage; or to waiting for approval where that is needed, or for its time to come.
+
+    One that waits for its time begins at once.
+    """
+    row = fetch(rollout)
+    check_release(row.release)
+    if row.state == State.DRAFT and approval.is_needed(row):
+        approval.check_author(row)
+        return move(row, SUBMIT, actor, comment)
+    if row.state == State.DRAFT and is_early(row):
+        return move(row, SCHEDULE, actor, comment)
+    return begin(row, actor, comment)
+
+
+def is_early(rollout: Rollout) -> bool:
+    return rollout.start_at is not None and rollout.start_at > timezone.now()
+
+
+@transaction.atomic
+def begin(row: Rollout, actor: User | str, comment: str) -> Rollout:
+    """To running, by whoever's word that is."""
     now = timezone.now()
-    moved = _move(row, START, actor, comment, started_at=now, stage_since=now, salt=_fair_salt(row))
+    kept = {"stage_lost": engine_clock.lost(), "reach": throttle.beginning(row), "reach_at": None}
+    since = {"started_at": now, "stage_since": now, "evidence_since": now}
+    moved = move(row, START, actor, comment, salt=_fair_salt(row), **since, **kept)
     Stage.objects.filter(rollout=moved, index=0).update(entered_at=now)
     _credit_those_who_run_it(moved)
     if deltas.order(release=row.release):  # devices may run something else than when it was published
@@ -131,26 +189,28 @@ def start(*, rollout: Rollout | int, actor: User | str, comment: str = "") -> Ro
 
 def pause(*, rollout: Rollout | int, actor: User | str, comment: str = "") -> Rollout:
     """Recall whoever has not activated it yet; those who run it keep it."""
-    return _move(_fetch(rollout), PAUSE, actor, comment)
+    return move(fetch(rollout), PAUSE, actor, comment)
 
 
 @transaction.atomic
 def resume(*, rollout: Rollout | int, actor: User | str, comment: str = "") -> Rollout:
     """Go on with the same stage. The failures so far are accepted; the devices that failed are not asked again."""
-    row = _fetch(rollout)
-    _check_release(row.release)
-    failures = selectors.outcome_counts(row)[Outcome.State.FAILED]
-    return _move(row, RESUME, actor, comment, stage_since=timezone.now(), forgiven=failures)
+    row = fetch(rollout)
+    check_release(row.release)
+    failures = selectors.outcome_counts(row)[Outcome.State.FAILED] - selectors.to_be_retried(row)
+    now, run = timezone.now(), row.evidence_run + 1  # what halted it is accepted: the guards begin anew
+    kept = {"stage_since": now, "stage_lost": engine_clock.lost(), "evidence_run": run, "evidence_since": now}
+    return move(row, RESUME, actor, comment, forgiven=failures, **kept)
 
 
 def cancel(*, rollout: Rollout | int, actor: User | str, comment: str = "") -> Rollout:
     """For good: nobody is admitted any more, devices go back to what an older rollout gives them."""
-    return _move(_fetch(rollout), CANCEL, actor, comment)
+    return move(fetch(rollout), CANCEL, actor, comment)
 
 
 def roll_back(*, rollout: Rollout | int, actor: User | str, comment: str = "") -> Rollout:
     """Admit nobody, also after completion: devices go back. A person may resume it."""
-    return _move(_fetch(rollout), ROLL_BACK, actor, comment)
+    return move(fetch(rollout), ROLL_BACK, actor, comment)
 
 
 def on_revoked(*, release: Release, reason: str, **_: object) -> None:
@@ -170,7 +230,7 @@ def on_when_nothing_changed(**_: object) -> None:
     snapshots.bump()
 
 
-def pin(*, device: Device, model: str, version: str | None, actor: User | str) -> None:
+def pin(*, device: Device, model: str, version: str | None, actor: User | str, comment: str = "") -> None:
     """Fix a device's model to a valid release, whatever rollouts say; None lets it go."""
     if version is not None:
         release = Release.objects.filter(model__name=model, version=version, state=Release.State.VALID)
@@ -178,99 +238,7 @@ def pin(*, device: Device, model: str, version: str | None, actor: User | str) -
             found = releases.release(model, version)
             reason = releases.standing(found) if found else f"{model} {version}: there is no such release"
             raise Invalid("release_not_valid", f"{reason}; expected a valid release")
-    devices.set_pin(device=device, model=model, version=version, actor=actor)
-
-
-# --- by devices --------------------------------------------------------------------------------------------------
-
-OUTCOMES = {
-    wire.WAITING: Outcome.State.UPDATING,
-    wire.DOWNLOADING: Outcome.State.UPDATING,
-    wire.VERIFYING: Outcome.State.UPDATING,
-    wire.TESTING: Outcome.State.UPDATING,
-    wire.ACTIVATING: Outcome.State.UPDATING,
-    wire.PROBATION: Outcome.State.UPDATING,
-    wire.COMMITTED: Outcome.State.COMMITTED,
-    wire.FAILED: Outcome.State.FAILED,
-    wire.ROLLED_BACK: Outcome.State.FAILED,
-    wire.WITHDRAWN: Outcome.State.WITHDRAWN,
-}
-# It never falls; whoever was recalled may begin again.
-RANK: dict[str, int] = {
-    Outcome.State.UPDATING: 0,
-    Outcome.State.WITHDRAWN: 0,
-    Outcome.State.COMMITTED: 1,
-    Outcome.State.FAILED: 2,
-}
-ROLLOUT_ID = re.compile(r"[0-9]{1,18}")
-
-
-@transaction.atomic
-def note_events(device: Device, events: Sequence[wire.Event]) -> None:
-    """Keep how the device fares in the rollouts that its events name. A failure wakes the engine.
-
-    Only a rollout that was started and admits the device, and only its own release: events are the device's word.
-    """
-    named = {int(event.rollout) for event in events if event.kind in OUTCOMES and ROLLOUT_ID.fullmatch(event.rollout)}
-    started = Rollout.objects.filter(pk__in=named, started_at__isnull=False) if named else Rollout.objects.none()
-    rollouts = list(started.select_related("release__model", "group").prefetch_related("stages"))
-    if not rollouts:
-        return
-    Device.objects.select_for_update().get(pk=device.pk)  # its reports one after another
-    outcomes = {row.rollout_id: row for row in Outcome.objects.filter(device=device, rollout__in=rollouts)}
-    failures = _failures(outcomes.values())
-    for rollout in rollouts:
-        told = [event for event in events if event.rollout == str(rollout.pk) and _is_report(event, rollout)]
-        if told and (rollout.pk in outcomes or _admitted(rollout, device)):
-            outcomes[rollout.pk] = _after(told, outcomes.get(rollout.pk) or Outcome(rollout=rollout, device=device))
-    _store(outcomes.values())
-    if _failures(outcomes.values()) > failures:
-        wake_engine()
-
-
-def wake_engine() -> None:
-    """After the commit. A broker that is away loses nothing: the beat ticks too."""
-    from fleet.rollouts import tasks
-
-    transaction.on_commit(tasks.tick.delay, robust=True)
-
-
-def _is_report(event: wire.Event, rollout: Rollout) -> bool:
-    release = rollout.release
-    mine = event.release and (event.release.model, event.release.version) == (release.model.name, release.version)
-    return bool(mine) and event.kind in OUTCOMES
-
-
-def _admitted(rollout: Rollout, device: Device) -> bool:
-    """Whether the device is in the rollout's cohort, whatever became of the rollout since."""
-    rules = snapshots.rules_of(rollout)
-    if rules is None or rollout.release.model.name not in device.model_names:
-        return False
-    return policy.targets(rules, device.labels) and policy.in_cohort(rules.salt, device.name, rules.percent)
-
-
-def _after(events: Sequence[wire.Event], outcome: Outcome) -> Outcome:
-    for event in events:
-        state = OUTCOMES[event.kind]
-        if RANK[state] >= RANK.get(outcome.state, 0):
-            outcome.state, outcome.step, outcome.reason = state, event.kind, event.reason
-    return outcome
-
-
-def _failures(outcomes: Iterable[Outcome]) -> int:
-    return sum(outcome.state == Outcome.State.FAILED for outcome in outcomes)
-
-
-def _store(outcomes: Collection[Outcome]) -> None:
-    now = timezone.now()
-    for outcome in outcomes:
-        outcome.changed_at = now
-    Outcome.objects.bulk_create(
-        outcomes,
-        update_conflicts=True,
-        unique_fields=["rollout", "device"],
-        update_fields=["state", "step", "reason", "changed_at"],
-    )
+    devices.set_pin(device=device, model=model, version=version, actor=actor, comment=comment)
 
 
 # --- by the engine -----------------------------------------------------------------------------------------------
@@ -278,23 +246,63 @@ def _store(outcomes: Collection[Outcome]) -> None:
 
 def tick() -> None:
     """Let every running rollout take the step that its policy says. Safe to repeat, and with two engines at once."""
-    running = Rollout.objects.filter(state=State.RUNNING).select_related("release__model", "group")
-    for rollout in running.prefetch_related("stages"):
-        try:
-            _step(rollout, timezone.now())
-        except Exception:  # one rollout that cannot be judged must not keep another from being halted
-            logger.exception("rollout_step_failed", rollout=rollout.pk)
+    moment = engine_clock.look()
+    _unless_it_fails("begin_due", _begin_due, moment)
+    _unless_it_fails("look_after_devices", attempts.look_after, moment)
+    running = Rollout.objects.filter(state=State.RUNNING).select_related("release__model", "group", "exclude_group")
+    for rollout in running.prefetch_related("stages__ring"):
+        _unless_it_fails("rollout_step", _step, rollout, moment)
 
 
-def _step(rollout: Rollout, now: datetime) -> None:
-    rules = _stage_rules(rollout)
+def _unless_it_fails(what: str, act: Callable[..., object], *subject: object) -> None:
+    """One rollout that cannot be judged must not keep another from being halted."""
+    try:
+        act(*subject)
+    except Exception:
+        logger.exception("engine_failed", at=what, subject=[getattr(each, "pk", "") for each in subject])
+
+
+def _begin_due(moment: Moment) -> None:
+    due = Rollout.objects.filter(state=State.SCHEDULED, start_at__lte=moment.now)
+    for rollout in due.select_related("release__model", "group", "exclude_group"):
+        _unless_it_fails("rollout_start", _begin_by_itself, rollout)
+
+
+def _begin_by_itself(rollout: Rollout) -> None:
+    try:
+        check_release(rollout.release)
+        begin(rollout, GUARD, "its time has come")
+    except Invalid as error:  # it may be valid later; meanwhile its page says why nothing happens
+        Rollout.objects.filter(pk=rollout.pk, state=State.SCHEDULED).update(reason=error.message[:500])
+    except Conflict:
+        logger.info("rollout_moved_meanwhile", rollout=rollout.pk)
+
+
+def _step(rollout: Rollout, moment: Moment) -> None:
+    rules, now = replace(_stage_rules(rollout), since=engine_clock.counted_since(rollout, moment)), moment.now
+    throttle.widen(rollout, rules.percent, now)
+    asked = evidence.ask(rollout, now)
     quick = selectors.tally(rollout, counted=False)
     worthwhile = policy.enough_reports(rules, quick, now)
     decision = policy.next_step(rules, selectors.tally(rollout, counted=True) if worthwhile else quick, now)
     try:
-        _apply(rollout, decision, now)
+        judged = guards.before_success(asked, rollout.on_failure, decision)
+        _apply(rollout, _held_back(judged, rollout, rules.percent), now)
     except Conflict:
         logger.info("rollout_moved_meanwhile", rollout=rollout.pk)
+
+
+WANTS_APPROVAL = "waiting for a person's approval to pass the stage"
+
+
+def _held_back(decision: policy.Decision, rollout: Rollout, percent: float) -> policy.Decision:
+    """A stage that has done well passes when all of it was admitted, and a person agreed where that is needed."""
+    if not isinstance(decision, policy.Advance | policy.Complete):
+        return decision
+    unfinished = throttle.unfinished(rollout, percent)
+    if unfinished:
+        return policy.Hold(unfinished)
+    return policy.Hold(WANTS_APPROVAL) if approval.stage_waits(rollout) else decision
 
 
 def _stage_rules(rollout: Rollout) -> policy.StageRules:
@@ -306,6 +314,7 @@ def _stage_rules(rollout: Rollout) -> policy.StageRules:
         min_reports=stage.min_reports if stage else 0,
         success_threshold=stage.success_threshold if stage else float("nan"),
         failure_budget=stage.failure_budget if stage else 0,
+        ring=stage is not None and stage.ring_id is not None,
         last=stage is not None and stage == stages[-1],
         on_failure=rollout.on_failure,
         since=rollout.stage_since,
@@ -317,11 +326,11 @@ def _apply(rollout: Rollout, decision: policy.Decision, now: datetime) -> None:
         case policy.Hold(reason):
             _note_hold(rollout, reason)
         case policy.Halt(reason):
-            _move(rollout, HALT, GUARD, reason)
+            move(rollout, HALT, GUARD, reason)
         case policy.Pause(reason):
-            _move(rollout, PAUSE, GUARD, reason)
+            move(rollout, PAUSE, GUARD, reason)
         case policy.Advance():
-            _pass_stage(rollout, ADVANCE, now, stage_index=rollout.stage_index + 1, stage_since=now)
+            _pass_stage(rollout, ADVANCE, now, stage_index=rollout.stage_index + 1)
         case policy.Complete():
             _pass_stage(rollout, COMPLETE, now)
 
@@ -329,101 +338,75 @@ def _apply(rollout: Rollout, decision: policy.Decision, now: datetime) -> None:
 @transaction.atomic
 def _pass_stage(rollout: Rollout, action: str, now: datetime, **changes: Any) -> None:
     passed = rollout.stage_index
-    _move(rollout, action, GUARD, f"stage {passed + 1} passed", **changes)
+    if action == ADVANCE:
+        changes |= {"stage_since": now, "stage_lost": engine_clock.lost()}
+    move(rollout, action, GUARD, f"stage {passed + 1} passed", **changes)
     Stage.objects.filter(rollout=rollout, index=passed).update(passed_at=now)
     Stage.objects.filter(rollout=rollout, index=passed + 1).update(entered_at=now)
 
 
+@transaction.atomic
 def _note_hold(rollout: Rollout, reason: str) -> None:
     """Say why it does not move, where that changed. Not an action: nothing was done."""
     if rollout.reason != reason:
         here = Rollout.objects.filter(pk=rollout.pk, state=State.RUNNING, stage_index=rollout.stage_index)
-        here.update(reason=reason)
+        if here.exclude(reason=reason).update(reason=reason) and reason == WANTS_APPROVAL:
+            notes.tell_stage_wanted(rollout)
 
 
 # --- shared ------------------------------------------------------------------------------------------------------
 
 
 @transaction.atomic
-def _move(rollout: Rollout, action: str, actor: User | str, comment: str, **changes: Any) -> Rollout:
+def move(rollout: Rollout, action: str, actor: User | str, comment: str, **changes: Any) -> Rollout:
     """Claim a transition from the state and stage in which the caller saw the rollout, or raise `wrong_state`."""
-    before = State(rollout.state)
-    after = TRANSITIONS.get((before, action))
-    if after is None:
-        raise Conflict("wrong_state", f"rollout {rollout.pk} is {before.label}: cannot {action.replace('_', ' ')}")
-    changes |= {"state": after, "reason": comment[:500], "finished_at": timezone.now() if after in ENDED else None}
+    before, to = State(rollout.state), after(rollout, action)
+    changes |= {"state": to, "reason": comment[:500], "finished_at": timezone.now() if to in ENDED else None}
     seen = Rollout.objects.filter(pk=rollout.pk, state=before, stage_index=rollout.stage_index)
     if not seen.update(**changes):
         raise Conflict("wrong_state", f"rollout {rollout.pk} was changed meanwhile; look again")
     detail = {
         "was": before.value,
-        "is": State(after).value,
+        "is": State(to).value,
         "stage": changes.get("stage_index", rollout.stage_index) + 1,
     }
     _log(rollout.pk, action, actor, comment, detail)
     snapshots.bump()
     rollout.refresh_from_db()
+    notes.tell(rollout, action, name_of(actor), comment)
     return rollout
 
 
-def _fetch(rollout: Rollout | int) -> Rollout:
+def after(rollout: Rollout, action: str) -> State:
+    """The state that an action leads to from the one it is in. Conflict `wrong_state` where it leads nowhere."""
+    before = State(rollout.state)
+    found = TRANSITIONS.get((before, action))
+    if found is None:
+        raise Conflict("wrong_state", f"rollout {rollout.pk} is {before.label}: cannot {action.replace('_', ' ')}")
+    return found
+
+
+def fetch(rollout: Rollout | int) -> Rollout:
     """As it is now: the caller may have looked at it a while ago."""
     pk = rollout if isinstance(rollout, int) else rollout.pk
-    return Rollout.objects.select_related("release__model", "group").get(pk=pk)
+    return Rollout.objects.select_related("release__model", "group", "exclude_group").get(pk=pk)
 
 
 def _log(rollout: int, action: str, actor: User | str, comment: str, detail: Mapping[str, Any]) -> None:
-    name = actor.get_username() if isinstance(actor, User) else actor
+    name = name_of(actor)
     RolloutAction.objects.create(rollout_id=rollout, action=action, actor=name, comment=comment)
     by = audit.guard() if actor == GUARD else None
     audit.record(f"rollout.{action}", target=rollout, detail={**detail, "for": name}, comment=comment, by=by)
     logger.info("rollout_action", rollout=rollout, action=action, actor=name, comment=comment)
 
 
-def _check_release(release: Release) -> None:
+def name_of(actor: User | str) -> str:
+    return actor.get_username() if isinstance(actor, User) else actor
+
+
+def check_release(release: Release) -> None:
     if release.state != Release.State.VALID:
         raise Invalid("release_not_valid", f"{releases.standing(release)}; only a valid release can be rolled out")
-
-
-def _check_stages(stages: Sequence[StagePlan]) -> None:
-    percents = [plan.percent for plan in stages]
-    rising = all(low < high for low, high in pairwise(percents))
-    if not percents or not rising or percents[0] <= 0 or percents[-1] != 100:
-        raise Invalid("stages_malformed", f"stages: percentages must rise from over 0 to 100; got {percents}")
-    for plan in stages:
-        counts = (plan.soak_seconds, plan.min_reports, plan.failure_budget)
-        share = plan.success_threshold
-        if min(counts) < 0 or not (isfinite(share) and 0 <= share <= 1):
-            raise Invalid(
-                "stages_malformed", f"stages: expected whole numbers, and a threshold from 0 to 1; got {plan}"
-            )
-
-
-def _checked_window(window: Mapping[str, int] | None) -> dict[str, int] | None:
-    if window is None:
-        return None
-    try:
-        return asdict(Window.parse(dict(window)))
-    except ProtocolError as error:
-        raise Invalid(error.code, error.message) from error
-
-
-def _checked_conditions(conditions: Mapping[str, Any] | None) -> dict[str, Any]:
-    """Devices pass over conditions that they do not know; here an unknown one is a mistake."""
-    unknown = set(conditions or ()) - {field.name for field in fields(Conditions)}
-    if unknown:
-        raise Invalid("malformed", f"conditions: unknown: {', '.join(sorted(unknown)):.200}")
-    try:
-        return Conditions.parse(dict(conditions or {})).to_json()
-    except ProtocolError as error:
-        raise Invalid(error.code, error.message) from error
-
-
-def _checked_probation(probation: Mapping[str, float] | None) -> dict[str, float]:
-    try:
-        return asdict(Probation.parse({**asdict(Probation()), **probation})) if probation else {}
-    except ProtocolError as error:
-        raise Invalid(error.code, error.message) from error
 
 
 def _fair_salt(rollout: Rollout) -> str:
@@ -432,9 +415,9 @@ def _fair_salt(rollout: Rollout) -> str:
     Ten percent of eight devices is often nobody, and half of them now and then one: such a stage would wait for ever.
     """
     model = rollout.release.model.name
-    names = [device.name for device in members(rollout.group) if model in device.model_names and not device.pins]
+    names = [row.name for row in targeting.devices(rollout) if model in row.model_names and not row.pins]
     salts = [rollout.salt, *(token_hex(16) for _ in range(SALTS_TRIED))] if len(names) < 1_000 else [rollout.salt]
-    asked = [(stage.percent, min(stage.min_reports, len(names))) for stage in rollout.stages.all()]
+    asked = [(stage.percent, min(stage.min_reports, len(names))) for stage in rollout.stages.filter(ring=None)]
 
     def is_fair(salt: str) -> bool:
         return all(sum(policy.in_cohort(salt, name, percent) for name in names) >= enough for percent, enough in asked)
@@ -452,7 +435,7 @@ def _credit_those_who_run_it(rollout: Rollout) -> None:
     )
     running = [
         device
-        for device in members(rollout.group)
+        for device in targeting.devices(rollout).select_related("runs")
         if device.runs and version_of(device.runs.runs.get(model, "")) == version
         if device.pk not in in_trial and model not in device.pins
     ]

@@ -62,7 +62,7 @@ class DeviceView(models.Model):
     snapshot = models.TextField(blank=True)
     timestamp = models.TextField(blank=True)
     expires_at = models.DateTimeField(null=True)
-    signed_at = models.DateTimeField(null=True)
+    signed_at = models.DateTimeField(null=True, db_index=True)  # each web process asks what was signed just now
 
     def __str__(self) -> str:
         return f"view {self.version} of {self.device_id}"

@@ -7,6 +7,7 @@ from datetime import datetime, timedelta
 from functools import lru_cache
 
 from django.conf import settings
+from django.db import connection
 from django.db.models import Exists, OuterRef, QuerySet
 from tuf.api.metadata import Targets
 
@@ -41,8 +42,17 @@ class InForce:
     roles: list[repository.RoleRef]
 
 
+_IN_FORCE = """
+    SELECT role, version, length, sha256 FROM trust_rolemetadata AS r
+    WHERE NOT EXISTS (SELECT 1 FROM trust_rolemetadata AS n WHERE n.role = r.role AND n.version > r.version)
+    ORDER BY role
+"""  # as `newest_roles`, which takes ten times as long to put together; each signing asks twice
+
+
 def in_force() -> InForce:
-    refs = [repository.RoleRef(*row) for row in newest_roles().values_list("role", "version", "length", "sha256")]
+    with connection.cursor() as cursor:
+        cursor.execute(_IN_FORCE)
+        refs = [repository.RoleRef(*row) for row in cursor.fetchall()]
     root = next((ref for ref in refs if ref.role == ROOT), None)
     return InForce(root, [ref for ref in refs if ref.role != ROOT])
 
@@ -50,6 +60,11 @@ def in_force() -> InForce:
 def online_holders(root: repository.RoleRef) -> frozenset[str]:
     """Ids of the keys that this root lets sign views."""
     return _online_holders(root.version, root.sha256)
+
+
+def holders(trusted: InForce) -> frozenset[str]:
+    """`online_holders` of the root in force; nobody where there is none."""
+    return online_holders(trusted.root) if trusted.root else frozenset()
 
 
 @lru_cache(maxsize=4)  # by hash: what a root says never changes
@@ -170,8 +185,7 @@ def bundle_for(view: DeviceView, device: Device, *, root_version: int, manifests
     metadata[f"{view.version}.snapshot.json"] = view.snapshot
     metadata[f"{view.version}.{DIRECTOR}.json"] = view.director
     for role in {TARGETS, *device.model_names} & versions.keys():
-        row = RoleMetadata.objects.get(role=role, version=versions[role])
-        metadata[f"{row.version}.{role}.json"] = row.content
+        metadata[f"{versions[role][0]}.{role}.json"] = _content(role, *versions[role])
     return Bundle(metadata=metadata, manifests=dict(manifests))
 
 
@@ -200,6 +214,12 @@ def _roots_after(version: int) -> Iterable[RoleMetadata]:
     return RoleMetadata.objects.filter(role=ROOT, version__gt=version).order_by("version")
 
 
-def _snapshot_versions(view: DeviceView) -> dict[str, int]:
+def _snapshot_versions(view: DeviceView) -> dict[str, tuple[int, str]]:
+    """Version and sha256 of each role."""
     meta = json.loads(view.snapshot)["signed"]["meta"]
-    return {name.removesuffix(".json"): item["version"] for name, item in meta.items()}
+    return {name.removesuffix(".json"): (item["version"], item["hashes"]["sha256"]) for name, item in meta.items()}
+
+
+@lru_cache(maxsize=256)  # by hash: what was signed never changes
+def _content(role: str, version: int, sha256: str) -> str:
+    return RoleMetadata.objects.values_list("content", flat=True).get(role=role, version=version, sha256=sha256)

@@ -10,12 +10,12 @@ from django.db import IntegrityError, transaction
 from django.utils import timezone
 from tuf.api.metadata import Targets
 
-from device_sdk.protocol import fields
 from device_sdk.protocol.assignment import Assignment
 from fleet.audit.services import record
+from fleet.devices.changes import policy_changed
 from fleet.devices.models import Device
 from fleet.errors import Conflict, FleetError, NotFound, Unavailable
-from fleet.trust import keys, repository, selectors
+from fleet.trust import inputs, keys, repository, selectors
 from fleet.trust.models import DeviceView, PendingRole, RoleMetadata
 
 AHEAD = timedelta(days=1)
@@ -166,6 +166,7 @@ def store_role(role: str, version: int, content: bytes, expires: datetime) -> Ro
             )
             detail = {"version": version, "sha256": row.sha256, "expires": expires}
             record("trust.role_stored", target=role, kind="role", detail=detail)
+            policy_changed()
             return row
     except IntegrityError as error:
         raise Conflict("stale_role", f"role {role!r} version {version} is there already; fetch it again") from error
@@ -182,11 +183,12 @@ def current_view(device: Device, assignments: Sequence[Assignment], *, held: int
     would refuse everything below. A version more than a day ahead is no honest one: only another online key helps.
     """
     held = held if held <= (timezone.now() + AHEAD).timestamp() else 0
-    view = DeviceView.objects.filter(device=device).first()
+    view = next(iter(DeviceView.objects.filter(device=device)), None)  # not `first`, which sorts them
     if view is not None and _is_current(view, _digest(device, assignments, selectors.in_force()), held):
         return view
     with transaction.atomic():
-        view, _ = DeviceView.objects.select_for_update().get_or_create(device=device)
+        locked = DeviceView.objects.select_for_update()
+        view = next(iter(locked.filter(device=device)), None) or locked.get_or_create(device=device)[0]
         trusted = selectors.in_force()
         digest = _digest(device, assignments, trusted)
         if not _is_current(view, digest, held):
@@ -201,18 +203,7 @@ def _is_current(view: DeviceView, digest: str, held: int) -> bool:
 
 
 def _digest(device: Device, assignments: Sequence[Assignment], trusted: selectors.InForce) -> str:
-    """Name everything that a view is made of, but for time. No snapshot lists the root, and yet a new root counts:
-    devices must learn of it at their next poll, not when the view runs out.
-    """
-    ordered = sorted(assignments, key=lambda item: item.model)
-    parts = {
-        "device": device.name,
-        "assignments": [[item.model, item.length, item.sha256, item.to_custom()] for item in ordered],
-        "key": keys.online_public(_holders(trusted)).keyid,
-        "root": [trusted.root.version, trusted.root.sha256] if trusted.root else [],
-        "roles": [[ref.role, ref.version, ref.sha256] for ref in trusted.roles],
-    }
-    return sha256(fields.canonical(parts)).hexdigest()
+    return inputs.of_view(device.name, inputs.of_assignments(assignments), inputs.of_trust(trusted))
 
 
 def _sign(
@@ -239,18 +230,14 @@ def _sign(
     view.version, view.inputs_digest, view.expires_at, view.signed_at = version, digest, expires, now
     view.director, view.snapshot = signed.director.decode(), signed.snapshot.decode()
     view.timestamp = signed.timestamp.decode()
-    view.save()
-
-
-def _holders(trusted: selectors.InForce) -> frozenset[str]:
-    return selectors.online_holders(trusted.root) if trusted.root else frozenset()
+    view.save(force_update=True)
 
 
 def _check_set_up(trusted: selectors.InForce) -> frozenset[str]:
     """The root must name a key that we have, or devices would refuse all that it signs. Returns whom it names."""
     if trusted.root is None or not any(ref.role == selectors.TARGETS for ref in trusted.roles):
         raise Unavailable("no_trust_root", "there is no trust root yet; run trust_init, or trust_import")
-    holders = _holders(trusted)
+    holders = selectors.holders(trusted)
     if keys.online_public(holders).keyid not in holders:
         wanted = ", ".join(sorted(holders))
         message = (

@@ -306,7 +306,11 @@ MUTANTS = (
     Mutant(38, "the floor of the clock", (Edit(TRUST, REFERENCE, "min(max(now, 0), _LAST_SECOND)"),)),
     Mutant(38, "the clock", (CLOCK_IGNORED,)),
     Mutant(39, "the mark on what does not load", (
-        _gone(INSTALL, "            self._store.reject(self.model, sha, error.code)\n", instead="            pass\n"),
+        _gone(
+            INSTALL,
+            "            self._store.reject(self.model, sha, error.code, self.progress.rollout)\n",
+            instead="            pass\n",
+        ),
     )),
     Mutant(39, "the test before the switch", (
         Edit(INSTALL, "loaded = self._test(sha)", "self.slot.clear(); loaded = self._test(sha)"),

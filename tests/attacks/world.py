@@ -40,7 +40,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 from cryptography.x509.oid import NameOID
 
-from device_sdk import client, publish
+from device_sdk import enrolment, publish
 from device_sdk.protocol.polls import EVENTS, POLL, Bundle
 from tests.attacks import ATTACKED
 from tests.live import ROOT, LiveServer
@@ -197,13 +197,13 @@ class Shop:
     def provision(self) -> Path:
         return self.folder / f"{self.model}.json"
 
-    def push(self, version: str, data: bytes, *, wait: bool = True) -> int:
+    def push(self, version: str, data: bytes, *options: str, wait: bool = True) -> int:
         """As CI does. The publisher's exit code."""
         model = self.folder / "model.onnx"
         model.write_bytes(data)
         named = ["--model", self.model, "--version", version, "--server", self.server.url]
         secret = ["--key", str(self.key), "--token", self.token]
-        return publish.main(["push", str(model), *named, *secret, *(["--wait"] if wait else [])])
+        return publish.main(["push", str(model), *named, *secret, *options, *(["--wait"] if wait else [])])
 
     def new_factor(self) -> float:
         """Of a release that no device has seen."""
@@ -250,10 +250,13 @@ class Shop:
 
     def page(self, device: str) -> str:
         """What an operator sees of a device in the admin, without the tags."""
+        return self.admin(f"devices/device/{self.device_row(device)['id']}/change/")
+
+    def admin(self, path: str) -> str:
+        """What an operator reads on a page of the admin."""
         if not self._web.cookies.get("sessionid"):
             self._log_in()
-        number = self.device_row(device)["id"]
-        answer = self._web.get(f"{self.server.url}/admin/devices/device/{number}/change/", timeout=30)
+        answer = self._web.get(f"{self.server.url}/admin/{path}", timeout=30)
         assert answer.ok, answer.text[:500]
         return html.unescape(re.sub(r"\s+", " ", re.sub(r"<[^>]*>", " ", answer.text)))
 
@@ -275,7 +278,7 @@ class Shop:
         home.mkdir(mode=0o700)
         provision = json.loads(self.provision.read_text())
         (home / "provision.json").write_text(json.dumps({**provision, "server": server or self.server.url}))
-        assert client.enrol(home, name) == "active"
+        assert enrolment.enrol(home, name) == "active"
         return home
 
     def ask(self, home: Path, *, root: int = 0) -> Bundle:

@@ -66,8 +66,8 @@ def build(now: datetime) -> World:
     people()
     _roles(now)
     releases = _releases(now)
-    Group.objects.create(name="canary", description="Devices on our own desks", selector={"site": ["graz"]})
-    everyone = Group.objects.create(name="cameras", description="All cameras", selector={"kind": ["camera"]})
+    Group.objects.create(name="canary", description="Devices on our own desks", selector="site=graz")
+    everyone = Group.objects.create(name="cameras", description="All cameras", selector="kind=camera")
     devices = _devices(now, dice)
     _rollout(
         releases["detector", "1.3.1"], everyone, (10, 50, 100), Rollout.State.COMPLETED, now - timedelta(hours=130)

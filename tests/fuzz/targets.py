@@ -16,6 +16,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import requests
 from tuf.api.metadata import Metadata
 
@@ -23,6 +24,11 @@ from device_sdk import download, transport
 from device_sdk.config import Identity, Provision
 from device_sdk.errors import TransferError, UntrustedError
 from device_sdk.protocol import fields, limits
+from device_sdk.protocol.abilities import Abilities
+from device_sdk.protocol.arrays import npy
+from device_sdk.protocol.arrays.acceptance import INDEX as ACCEPTANCE_INDEX
+from device_sdk.protocol.arrays.acceptance import Acceptance, Budgets, Sample, Tolerance
+from device_sdk.protocol.arrays.archive import opened, packed
 from device_sdk.protocol.assignment import Assignment, Probation, Sampling, Window
 from device_sdk.protocol.batches import BatchHead, BatchIndex, SampleEntry
 from device_sdk.protocol.errors import ProtocolError
@@ -35,6 +41,7 @@ from device_sdk.protocol.polls import Bundle, EnrolRequest, Tag
 from device_sdk.trust import Trust
 from device_sdk.uploader import Upload
 from fleet.api import blobs
+from fleet.devices import selection
 from fleet.errors import FleetError, Invalid
 from fleet.feedback import parsing
 from fleet.releases import bom, model_signing, onnx_probe
@@ -78,7 +85,7 @@ MANIFEST = Manifest(
     entry="model.onnx",
     inputs=(TensorSpec("image", "float32", ("batch", 64, None)),),
     outputs=(TensorSpec("label", "int64", (None,)),),
-    requires=Requirements(sdk="0.1.0", opset=17),
+    requires=Requirements("0.1.0", "1.31", 17, 2**20, "0.9.0", ("x86_64",), ("CPUExecutionProvider",)),
     metadata={"commit": "abc"},
 )
 ASSIGNMENT = Assignment(
@@ -94,10 +101,17 @@ ASSIGNMENT = Assignment(
     stop=True,
 )
 EVENT = Event("0" * 32, 1.5e9, "failed", "digits", MANIFEST.path, "r-1", "disk", {"free": 1.5, "code": "x"})
-POST = EventPost((EVENT,), {"digits": "1.0.0/default"}, "0.1.0", 3)
+ABILITIES = Abilities("1.31.0", 26, 2**30, "x86_64", ("CPUExecutionProvider",))
+POST = EventPost((EVENT,), {"digits": "1.0.0/default"}, "0.1.0", 3, ABILITIES)
 HEAD = BatchHead("0" * 32, "digits", "ab" * 32, 100, 5, 2, "night")
 SAMPLE = SampleEntry("1" * 32, 1.5e9, MANIFEST.path, 0.5, {"x": "t0.npy"}, {"y": "t1.npy"})
 INDEX = BatchIndex("0" * 32, "cam-1", "digits", (SAMPLE,))
+
+
+def accepted() -> Acceptance:
+    x = np.arange(8, dtype=np.float32).reshape(2, 4)
+    samples = [Sample({"x": x[:rows]}, {"y": x[:rows] * 2, "label": np.array(["a", "ö"])}) for rows in (1, 2)]
+    return Acceptance(samples, Tolerance(1e-3, 1e-4), {"y": Tolerance(0.1, 0.0)}, Budgets(5.0, 2**28))
 
 
 def dumped(value: object) -> bytes:
@@ -122,6 +136,26 @@ def run_manifest(data: bytes) -> None:
     assert {type(source[name]) for name in ("model", "version", "variant")} == {str}
     assert not any(isinstance(size, bool) for spec in (*manifest.inputs, *manifest.outputs) for size in spec.shape)
     assert Manifest.parse(manifest.to_bytes()) == manifest
+
+
+def run_acceptance(data: bytes) -> None:
+    found = Acceptance.parse(data)
+    arrays = [each for item in found.samples for part in (item.inputs, item.outputs) for each in part.values()]
+    assert 1 <= len(found.samples) <= limits.ACCEPTANCE_SAMPLES
+    assert all(npy.is_plain(each.dtype) and len(each.shape) <= limits.RANK for each in arrays)
+    assert sum(each.nbytes for each in arrays) <= len(data)
+    for number, item in enumerate(found.samples):
+        assert isinstance(found.complaint(number, item.outputs), str)
+    assert Acceptance.parse(found.to_bytes()).to_bytes() == found.to_bytes()
+
+
+def accepted_members() -> dict[str, bytes]:
+    with opened(accepted().to_bytes()) as archive:
+        return {name: archive.read(name) for name in archive.sizes}
+
+
+def run_acceptance_index(data: bytes) -> None:
+    run_acceptance(packed({**accepted_members(), ACCEPTANCE_INDEX: data}))
 
 
 def run_bundle(data: bytes) -> None:
@@ -396,6 +430,19 @@ def run_offers(data: bytes) -> None:
     assert parse_offers(dumped(offers_to_json(offers))) == offers
 
 
+def run_selector(data: bytes) -> None:
+    """What parses means one thing: its text parses back to it, and an empty one has no text."""
+    text = data.decode(errors="surrogateescape")
+    found = selection.parse(text)
+    assert selection.parse(str(found)) == found
+    assert bool(found) == bool(text.strip())
+    assert len(found.requirements) <= selection.REQUIREMENTS
+    found.matches({"site": "berlin"}, "cam-1")
+
+
+SELECTORS = ("site in (berlin, hamburg), hw=jetson, !lab", 'a notin ("b c", "\\"") , @name!=cam-1, x==y')
+
+
 def run_bom(data: bytes) -> None:
     outline = bom.read_bom(data)
     assert len(json.dumps(outline)) < limits.ATTACHMENT
@@ -440,6 +487,7 @@ SIGNATURES = Path(__file__).parents[1] / "server" / "model_sigs"
 TARGETS = (
     Target("patch", run_patch, lambda: [golden()[0]], is_json=False),
     Target("patch-offers", run_offers, lambda: [dumped(offers_to_json([PatchOffer("ab" * 32, "cd" * 32, 9)]))]),
+    Target("selector", run_selector, lambda: [text.encode() for text in SELECTORS], errors=(Invalid,), is_json=False),
     Target("bom", run_bom, lambda: [dumped(BOM)], errors=(Invalid,)),
     Target("provenance", run_free, lambda: [dumped({"commit": "1f3c", "accuracy": 0.97})], errors=()),
     Target(
@@ -451,6 +499,8 @@ TARGETS = (
     Target("stick-root", run_stick_root, lambda: [stick()[0]], errors=(FleetError, ProtocolError)),
     Target("stick-targets", run_stick_targets, lambda: [stick()[1]], errors=(FleetError, ProtocolError)),
     Target("manifest", run_manifest, lambda: [MANIFEST.to_bytes()]),
+    Target("acceptance", run_acceptance, lambda: [accepted().to_bytes()], is_json=False),
+    Target("acceptance-index", run_acceptance_index, lambda: [accepted_members()[ACCEPTANCE_INDEX]]),
     Target(
         "bundle",
         run_bundle,
@@ -461,7 +511,9 @@ TARGETS = (
     ),
     Target("events", run_events, lambda: [dumped(POST.to_json())]),
     Target(
-        "enrolment", run_enrolment, lambda: [dumped(EnrolRequest("cam-1", "0" * 32, {"site": "x"}, "0.1.0").to_json())]
+        "enrolment",
+        run_enrolment,
+        lambda: [dumped(EnrolRequest("cam-1", "0" * 32, {"site": "x"}, "0.1.0", ABILITIES).to_json())],
     ),
     Target("batch-head", run_head, lambda: [dumped(HEAD.to_json())]),
     Target("batch-index", run_index, lambda: [INDEX.to_bytes()]),

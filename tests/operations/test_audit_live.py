@@ -15,7 +15,7 @@ def token(live: LiveServer, *options: str) -> str:
 def make_group(live: LiveServer, bearer: str, name: str) -> int:
     request = urllib.request.Request(
         f"{live.url}/api/v1/groups/",
-        json.dumps({"name": name, "selector": {}}).encode(),
+        json.dumps({"name": name, "selector": ""}).encode(),
         {"Authorization": f"Bearer {bearer}", "Content-Type": "application/json"},
     )
     with urllib.request.urlopen(request, timeout=30) as answer:

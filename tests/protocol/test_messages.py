@@ -13,6 +13,7 @@ from device_sdk.protocol.batches import BatchHead, BatchIndex, SampleEntry
 from device_sdk.protocol.errors import ProtocolError
 from device_sdk.protocol.manifest import FileEntry, Manifest, Requirements, TensorSpec, digest
 from device_sdk.protocol.names import ReleasePath, assign_path, check_file_name, check_model, check_name, check_sha256
+from device_sdk.protocol.scores import Scores
 
 HOSTILE_NAMES = [
     "", ".", "..", "../x", "a/b", "a\\b", "/a", "a..b", "-a", ".a", "_a", "A", "é", "a b", "a\0", "a\n", "a" * 65,
@@ -94,6 +95,25 @@ def test_a_manifests_bytes_are_those_of_the_golden_vector() -> None:
 def test_a_hostile_manifest_is_refused(edit: dict[str, Any]) -> None:
     with pytest.raises(ProtocolError):
         Manifest.parse(json.dumps(json.loads(GOLDEN_MANIFEST.to_bytes()) | edit).encode())
+
+
+def test_scores_stand_in_a_manifest_only_where_they_are_named() -> None:
+    assert b"scores" not in GOLDEN_MANIFEST.to_bytes()
+    named = replace(GOLDEN_MANIFEST, scores=Scores("probs", "logits"))
+    assert Manifest.parse(named.to_bytes()) == named
+    for wrong in (5, {"output": "p"}, {"output": "p", "kind": "odds"}):
+        with pytest.raises(ProtocolError):
+            Manifest.parse(json.dumps(json.loads(GOLDEN_MANIFEST.to_bytes()) | {"scores": wrong}).encode())
+
+
+@pytest.mark.parametrize("name", ["max_slowdown", "max_confidence_drop", "max_class_shift"])
+def test_comparisons_stand_in_an_assignment_only_where_they_are_asked_for(name: str) -> None:
+    assert name not in Probation().to_json()
+    asked = replace(Probation(), **{name: 1.0})
+    assert Probation.parse(json.loads(json.dumps(asked.to_json()))) == asked
+    for wrong in (-1, "many", 1_001):
+        with pytest.raises(ProtocolError):
+            Probation.parse(Probation().to_json() | {name: wrong})
 
 
 @given(assignment=assignments)

@@ -18,6 +18,7 @@ from tuf.api.metadata import Metadata, Targets
 from device_sdk import publish
 from device_sdk.errors import TransferError
 from device_sdk.protocol.manifest import Manifest
+from device_sdk.publishing import server as publishing_server
 from fleet.releases import storage
 from fleet.releases.models import Artifact, Release, Variant
 from fleet.trust import keys, keystore
@@ -54,7 +55,7 @@ class Runner:
 
 @pytest.fixture
 def ci(live_server: Any, own_folder: Path, monkeypatch: pytest.MonkeyPatch) -> Runner:
-    monkeypatch.setattr(publish, "BACKOFF", 0.0)
+    monkeypatch.setattr(publishing_server, "BACKOFF", 0.0)
     monkeypatch.delenv("FLEET_API_TOKEN", raising=False)
     return Runner(own_folder, live_server.url, set_up_trust())
 
@@ -127,7 +128,7 @@ def test_a_release_of_several_variants(ci: Runner) -> None:
 
 
 def test_an_upload_is_cut_into_pieces_and_resumed(ci: Runner, monkeypatch: Any, own_folder: Path) -> None:
-    monkeypatch.setattr(publish, "CHUNK", 30)
+    monkeypatch.setattr(publishing_server, "CHUNK", 30)
     data, sent = onnx_model(), []
     name = sha256(data).hexdigest()
     (own_folder / "incoming").mkdir()
@@ -371,4 +372,4 @@ def test_retrying_stops_in_the_end() -> None:
     server = publish.Server("http://127.0.0.1:9", "token", pause=pauses.append)
     with pytest.raises(TransferError):
         server.role(MODEL)
-    assert len(pauses) == publish.TRIES - 1
+    assert len(pauses) == publishing_server.TRIES - 1

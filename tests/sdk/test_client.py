@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 
 import device_sdk
-from device_sdk import __version__
+from device_sdk import __version__, abilities
 from device_sdk.__main__ import main
-from device_sdk.client import Fleet, enrol
+from device_sdk.client import Fleet
 from device_sdk.config import Home, Provision
+from device_sdk.enrolment import enrol
 from device_sdk.errors import SetupError, TransferError
 from tests.sdk.world import Server, World, X, answer, prove, scaling
 
@@ -26,7 +27,8 @@ def world(tmp_path):
 @pytest.fixture
 def over_wire(world, monkeypatch):
     """Commands make their own transport: let it be the server in memory."""
-    monkeypatch.setattr("device_sdk.client.Transport", lambda *_, **__: world.server)
+    for module in ("client", "enrolment"):
+        monkeypatch.setattr(f"device_sdk.{module}.Transport", lambda *_, **__: world.server)
     return world
 
 
@@ -73,7 +75,7 @@ def test_second_process_does_not_count_starts_of_a_trial(world):
             second = world.open()
             assert answer(second) == 2.0
             second.stop()
-        assert first._store.state("detector").starts == 0
+        assert first._store.state("detector").starts == 1
 
 
 def test_many_devices_live_in_one_process(tmp_path):
@@ -115,7 +117,8 @@ def test_enrolment_keeps_the_nonce_before_it_asks_and_the_credential_after(tmp_p
     with pytest.raises(SetupError, match="enrolment was begun"):
         Fleet.open(home.path)
     assert enrol(home.path, "cam-1", {"site": "north"}, transport=server) == "active"
-    assert requests == [{"device": "cam-1", "nonce": nonce, "labels": {"site": "north"}, "sdk": __version__}]
+    said = {"device": "cam-1", "nonce": nonce, "labels": {"site": "north"}, "sdk": __version__}
+    assert requests == [said | {"abilities": abilities.detect().to_json()}]
     assert (home.identity().credential, home.identity().nonce) == ("secret", nonce)
     assert home.identity_file.stat().st_mode & 0o077 == 0
 

@@ -163,14 +163,25 @@ def test_a_partial_longer_than_the_file_is_started_over(server, transport, store
     assert is_whole(store)
 
 
-def test_a_partial_of_other_bytes_is_found_out_by_the_hash_of_the_whole(transport, store):
-    store.append(WEIGHTS.sha256, b"x" * 1000)
+@pytest.mark.parametrize("length", [1000, WEIGHTS.length])
+def test_a_partial_that_was_damaged_is_fetched_from_its_beginning_and_nobody_is_blamed(
+    server, transport, store, length
+):
+    """A power loss leaves zeros in what was not synced. The server's bytes are right: nothing has failed."""
+    store.append(WEIGHTS.sha256, bytes(length))
+    download(transport, store)
+    assert is_whole(store)
+    assert ranges(server)[-1] is None
+
+
+def test_wrong_bytes_behind_a_partial_are_tried_once_more_and_refused(server, transport, store):
+    server.on(BLOBS + WEIGHTS.sha256, blob_route(b"x" * WEIGHTS.length))
+    store.append(WEIGHTS.sha256, FILES["model.onnx.data"][:1000])
     with pytest.raises(UntrustedError) as caught:
         download(transport, store)
     assert caught.value.code == "hash_mismatch"
+    assert ranges(server) == [None, "bytes=1000-", None]
     assert store.partial_length(WEIGHTS.sha256) == 0
-    download(transport, store)
-    assert is_whole(store)
 
 
 @pytest.mark.parametrize("announced", [True, False])

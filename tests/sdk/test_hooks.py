@@ -104,6 +104,49 @@ def test_hold_ends_when_the_assignment_says_so(world):
         assert answer(fleet) == 2.0
 
 
+def test_deadline_of_a_hold_does_not_begin_anew_after_a_restart(world):
+    world.committed(OLD, scaling(1)).stop()
+    for hour in range(3):
+        with world.open() as fleet:
+            fleet.hold("driving")
+            if not hour:
+                update_to(world, fleet, NEW, scaling(2), max_hold=2 * 3_600)
+            fleet.update_once()
+            assert answer(fleet) == (1.0 if hour < 2 else 2.0)
+        world.server.simulator.now += 3_600  # the wall: the next process's monotonic clock begins anew, as after a boot
+
+
+def test_wall_clock_that_was_set_back_does_not_end_or_lengthen_a_hold_without_end(world):
+    world.committed(OLD, scaling(1)).stop()
+    with world.open() as fleet:
+        fleet.hold("driving")
+        update_to(world, fleet, NEW, scaling(2), max_hold=600)
+        told = fleet._journal.get("detector").held_at
+    assert told == world.server.simulator.now
+    world.server.simulator.now -= 50_000
+    with world.open() as fleet:
+        fleet.hold("driving")
+        fleet._worker.install()
+        assert answer(fleet) == 1.0
+        world.time.seconds += 601
+        fleet._worker.install()
+        assert answer(fleet) == 2.0
+
+
+def test_hold_is_begun_and_released_by_hand_too(world):
+    with world.committed(OLD, scaling(1)) as fleet:
+        first, second = fleet.hold("driving"), fleet.hold("parking")
+        assert fleet.health()["hold"] == "parking"
+        second.release()
+        second.release()
+        assert fleet.health()["hold"] == "driving"
+        update_to(world, fleet, NEW, scaling(2))
+        assert answer(fleet) == 1.0
+        first.release()
+        fleet._worker.install()
+        assert (answer(fleet), fleet.health()["hold"]) == (2.0, "")
+
+
 def test_urgent_release_is_not_put_off(world):
     with world.committed(OLD, scaling(1)) as fleet, fleet.hold("driving"):
         update_to(world, fleet, NEW, scaling(2), urgent=True)

@@ -12,10 +12,10 @@ from pathlib import Path
 
 import pytest
 
+from device_sdk.counts import Counts
 from device_sdk.peers import Board, Seen, Served
 from device_sdk.protocol.assignment import Probation, Sampling
 from device_sdk.store import Store
-from device_sdk.updater import Counts
 from tests.sdk.world import QUICK, World, answer, judge, nan_emitting, prove, scaling
 from tests.simulator import DAY
 

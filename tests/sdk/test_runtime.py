@@ -13,9 +13,13 @@ from onnx import TensorProto, helper
 
 from device_sdk import runtime
 from device_sdk.errors import InputError, ModelError, NoModelError
+from device_sdk.looking import is_valid
+from device_sdk.model import Model
 from device_sdk.protocol.manifest import FileEntry, Manifest, TensorSpec, digest
 from device_sdk.protocol.names import ReleasePath
-from device_sdk.runtime import Model, RuntimeOptions, Slot, Stats, load, retire
+from device_sdk.runtime import RuntimeOptions, load
+from device_sdk.slot import CHECK_EVERY, Slot, retire
+from device_sdk.stats import Stats
 from tests.sdk.world import X, failing_on_data, graph, manifest_of, nan_emitting, scaling
 
 ONE_THREAD = RuntimeOptions(intra_op_threads=1)
@@ -116,21 +120,21 @@ def test_failure_inside_the_model_is_a_model_error_and_raises_the_alarm():
 @pytest.mark.parametrize("size", [10, 10_000])
 def test_nan_and_infinity_are_found_wherever_they_are(kind, value, size):
     array = np.ones(size, kind)
-    assert runtime._is_valid(array)
+    assert is_valid(array)
     array[size // 2] = value
-    assert not runtime._is_valid(array)
+    assert not is_valid(array)
 
 
 def test_large_finite_outputs_are_valid_though_their_square_overflows():
-    assert runtime._is_valid(np.full(10, 3e38, np.float32))
-    assert runtime._is_valid(np.full(10, 6e4, np.float16))
+    assert is_valid(np.full(10, 3e38, np.float32))
+    assert is_valid(np.full(10, 6e4, np.float16))
 
 
 def test_empty_and_missing_outputs_are_invalid():
-    assert not runtime._is_valid(np.zeros((0, 4), np.float32))
-    assert not runtime._is_valid([])
-    assert not runtime._is_valid(None)
-    assert runtime._is_valid([{0: 0.5}])
+    assert not is_valid(np.zeros((0, 4), np.float32))
+    assert not is_valid([])
+    assert not is_valid(None)
+    assert is_valid([{0: 0.5}])
 
 
 def test_every_output_is_looked_at_in_probation_and_one_in_sixteen_after():
@@ -139,7 +143,7 @@ def test_every_output_is_looked_at_in_probation_and_one_in_sixteen_after():
         model.run(X)
     assert (model.stats.checked, model.stats.invalid) == (32, 32)
     slot.publish(loaded(nan_emitting()))
-    slot.current.check_mask = runtime.CHECK_EVERY - 1
+    slot.current.check_mask = CHECK_EVERY - 1
     for _ in range(32):
         model.run(X)
     assert (model.stats.calls, model.stats.checked, model.stats.invalid) == (32, 2, 2)
@@ -324,7 +328,7 @@ def test_application_may_wait_for_the_first_release():
 def test_wrapper_costs_little_beside_the_call_it_wraps():
     """The bar is 0.5 us; measured by `make bench`. Here only: no blunder of a whole order of magnitude."""
     slot, model = serving(scaling(1))
-    slot.current.check_mask = runtime.CHECK_EVERY - 1
+    slot.current.check_mask = CHECK_EVERY - 1
     session = slot.current.session
 
     def best(call):

@@ -1,24 +1,30 @@
-"""The store: what it keeps, what it refuses, and what is left after the power was cut at any operation."""
+"""The store: what it keeps, what it refuses, and what it makes of a state that was lost."""
 
 import errno
 import json
 import os
 import stat
-from dataclasses import replace
 
 import pytest
 
 from device_sdk.errors import ModelError, StorageError, UntrustedError
 from device_sdk.protocol.manifest import digest
 from device_sdk.store import FileOps, ModelState, Store
-from tests.sdk.crashes import CountingOps, PowerCut, PowerLossOps, UnsyncedOps
 from tests.simulator import release
-
-OLD, OLD_BLOBS = release("detector/1.0.0/default")
-NEW, NEW_BLOBS = release(
-    "detector/1.1.0/default", {"model.onnx": b"graph " * 500, "model.onnx.data": b"weights " * 5000}
+from tests.survival.matrix import (
+    NEW,
+    NEW_BLOBS,
+    NEW_SHA,
+    OLD,
+    OLD_BLOBS,
+    OLD_SHA,
+    Told,
+    contents,
+    expected,
+    install,
 )
-OLD_SHA, NEW_SHA = digest(OLD.to_bytes()), digest(NEW.to_bytes())
+from tests.survival.matrix import receive as bring
+
 FIRST = next(iter(NEW_BLOBS))
 
 
@@ -33,33 +39,7 @@ def store(home):
 
 
 def receive(store, manifest, blobs):
-    """What a download does, as often as it takes."""
-    for file in manifest.files:
-        if store.has_blob(file):
-            continue
-        store.discard(file.sha256)
-        data = blobs[file.sha256]
-        half = len(data) // 2
-        store.append(file.sha256, data[:half])
-        store.append(file.sha256, data[half:])
-        store.admit(file.sha256, file.length)
-    return store.add_manifest(manifest.to_bytes())
-
-
-def install(store, manifest, blobs):
-    sha = receive(store, manifest, blobs)
-    store.begin_trial(manifest.path.model, sha)
-    store.commit(manifest.path.model)
-    return sha
-
-
-def contents(store, sha):
-    with store.open(sha) as files:
-        return {file.name: (files.directory / file.name).read_bytes() for file in files.manifest.files}
-
-
-def expected(manifest, blobs):
-    return {file.name: blobs[file.sha256] for file in manifest.files}
+    return bring(store, manifest, blobs, Told())
 
 
 # What it keeps
@@ -355,149 +335,3 @@ def test_a_bad_mark_outlives_its_release(home, store):
     store.collect_garbage()
     assert not store.has(NEW_SHA)
     assert Store(home).is_bad(NEW_SHA)
-
-
-# Power cuts
-
-
-def update(store, done):
-    """An update from OLD to NEW; `done` is told of each step that returned."""
-    receive(store, NEW, NEW_BLOBS)
-    store.begin_trial("detector", NEW_SHA)
-    done.append("trial")
-    store.commit("detector")
-    done.append("committed")
-    store.collect_garbage()
-
-
-def update_and_reject(store, done):
-    receive(store, NEW, NEW_BLOBS)
-    store.begin_trial("detector", NEW_SHA)
-    done.append("trial")
-    store.reject("detector", NEW_SHA, "NaN")
-    done.append("rejected")
-    store.collect_garbage()
-
-
-def survives(home, done):
-    """Whether what was done before the cut is still so after it, and the rest can be done over."""
-    store = Store(home, UnsyncedOps())
-    current = store.current("detector")
-    allowed = {OLD_SHA, NEW_SHA}
-    if "rejected" in done:
-        allowed = {OLD_SHA}
-    elif done:
-        allowed = {NEW_SHA, OLD_SHA} if store.is_bad(NEW_SHA) else {NEW_SHA}
-    known = {OLD_SHA: expected(OLD, OLD_BLOBS), NEW_SHA: expected(NEW, NEW_BLOBS)}
-    if current not in allowed or contents(store, current) != known[current]:
-        return False
-    if "committed" in done and store.state("detector") != ModelState(active=NEW_SHA, previous=OLD_SHA):
-        return False
-    if "rejected" in done and store.bad_reason(NEW_SHA) != "NaN":
-        return False
-    if "rejected" in done or store.is_bad(NEW_SHA):
-        return resurrection_is_prevented(home)
-    install(store, NEW, NEW_BLOBS)
-    return contents(store, Store(home, UnsyncedOps()).current("detector")) == known[NEW_SHA]
-
-
-def resurrection_is_prevented(home):
-    """Even when the state file is lost later."""
-    (home / "state.json").unlink(missing_ok=True)
-    return Store(home, UnsyncedOps()).current("detector") == OLD_SHA
-
-
-def run(course, home, ops):
-    """Start from OLD, open the store on `ops` and take the course as far as it goes. The steps done; cut or not."""
-    install(Store(home, UnsyncedOps()), OLD, OLD_BLOBS)
-    done = []
-    try:
-        course(Store(home, ops), done)
-    except PowerCut:
-        return done, True
-    return done, False
-
-
-def operations(course, home):
-    counter = CountingOps()
-    assert run(course, home, counter)[1] is False
-    return counter.count
-
-
-@pytest.mark.parametrize("course", [update, update_and_reject])
-@pytest.mark.parametrize("torn", [False, True])
-def test_a_cut_at_any_operation_leaves_the_old_or_the_new(tmp_path, course, torn):
-    count = operations(course, tmp_path / "count")
-    assert count > 30
-    for cut in range(count):
-        done, was_cut = run(course, tmp_path / f"cut-{cut}", CountingOps(cut_at=cut, torn=torn))
-        assert was_cut
-        assert survives(tmp_path / f"cut-{cut}", done), f"cut at operation {cut}, after {done}"
-
-
-def losses(tmp_path, course, broken=None):
-    """Cut at each operation and lose what was not synced, in each way; the (operation, way) that did not survive."""
-    failed = []
-    for cut in range(operations(course, tmp_path / "count") + 1):
-        for way in ("data", "names", "both"):
-            home, ops = tmp_path / f"loss-{cut}-{way}", PowerLossOps(cut_at=cut, skip_sync_of=broken)
-            done, _ = run(course, home, ops)
-            ops.lose(way)
-            if not survives(home, done):
-                failed.append((cut, way))
-    return failed
-
-
-@pytest.mark.parametrize("course", [update, update_and_reject])
-def test_losing_all_that_was_not_synced_leaves_the_old_or_the_new(tmp_path, course):
-    assert losses(tmp_path, course) == []
-
-
-@pytest.mark.parametrize(
-    "broken", [".part", "blobs", ".json.tmp", "manifests", ".state.json.tmp", "store-root", ".bad.tmp"]
-)
-def test_the_loss_model_notices_each_sync_that_is_left_out(tmp_path, broken):
-    """The mutants: a test that cannot see a missing sync would prove nothing above."""
-    course = update_and_reject if broken == ".bad.tmp" else update
-    assert losses(tmp_path, course, broken) != []
-
-
-def test_switching_back_before_the_mark_would_be_noticed(tmp_path, monkeypatch):
-    """The rollback-without-bad mutant: the mark comes first, or a lost state resurrects the release."""
-
-    def reject_in_the_wrong_order(self, model, sha, reason):
-        self._switch(model, replace(self.state(model), trial=None))
-        self._write_durably(self._manifests / f"{sha}.bad", reason.encode())
-
-    def broken(store, done):
-        receive(store, NEW, NEW_BLOBS)
-        store.begin_trial("detector", NEW_SHA)
-        reject_in_the_wrong_order(store, "detector", NEW_SHA, "NaN")
-
-    def rolled_back_for_good(home):
-        store = Store(home, UnsyncedOps())
-        return store.current("detector") != OLD_SHA or resurrection_is_prevented(home)
-
-    outcomes = []
-    for cut in range(operations(broken, tmp_path / "count")):
-        run(broken, tmp_path / f"cut-{cut}", CountingOps(cut_at=cut))
-        outcomes.append(rolled_back_for_good(tmp_path / f"cut-{cut}"))
-    assert not all(outcomes)
-
-
-@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EIO])
-def test_a_disk_that_fails_at_any_operation_leaves_the_old_model_and_the_update_can_be_done_over(tmp_path, number):
-    code = {errno.ENOSPC: "disk_full", errno.EIO: "storage"}[number]
-    codes = []
-    for at in range(operations(update, tmp_path / "count")):
-        home = tmp_path / f"fail-{at}"
-        try:
-            run(update, home, CountingOps(fail_at=at, error=OSError(number, os.strerror(number))))
-        except StorageError as error:
-            codes.append(error.code)
-        store = Store(home, UnsyncedOps())
-        assert contents(store, store.current("detector"))
-        install(store, NEW, NEW_BLOBS)
-        assert Store(home, UnsyncedOps()).current("detector") == NEW_SHA
-    assert set(codes) == {code}
-    assert len(codes) > 30

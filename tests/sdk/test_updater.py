@@ -6,6 +6,7 @@ from hypothesis import strategies as st
 
 from device_sdk.protocol.assignment import Probation
 from device_sdk.protocol.names import ReleasePath
+from device_sdk.protocol.versions import older
 from device_sdk.updater import (
     MAX_DELAY,
     RESTING,
@@ -17,7 +18,6 @@ from device_sdk.updater import (
     Verdict,
     backoff,
     judge,
-    older,
     step,
 )
 

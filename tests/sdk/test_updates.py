@@ -254,7 +254,7 @@ def test_full_disk_holds_the_update_and_the_old_release_serves(world, monkeypatc
     with world.committed("detector/1.0.0/default", scaling(2)) as fleet:
         install(world, "detector/1.1.0/default", scaling(5))
 
-        def full(*_):
+        def full(*_, **__):
             raise StorageError("no space left on device", code="disk_full")
 
         with monkeypatch.context() as patch:

@@ -196,7 +196,7 @@ def test_campaign_of_the_view_switches_sampling_on_and_off(world, fleet):
     assert fleet.upload_now().samples == 0
 
 
-def test_health_is_told_as_counts_since_the_last_time(world, fleet):
+def test_health_is_told_as_sums_since_the_release_was_loaded(world, fleet):
     fleet.update_once()
     model = fleet.model("detector")
     told = []
@@ -206,7 +206,10 @@ def test_health_is_told_as_counts_since_the_last_time(world, fleet):
         fleet._worker._tell_health()
         fleet._worker.poller.report()
         told.append([event.detail["calls"] for event in world.server.events if event.kind == "health"])
-    assert told == [[3], [3, 5], [3, 5]]
+    assert told == [[3], [3, 8], [3, 8]]
+    details = [event.detail for event in world.server.events if event.kind == "health"]
+    assert {detail["load"] for detail in details} == {fleet._slots["detector"].current.load}
+    assert {"calls", "errors", "checked", "invalid", "rejected", "p50_us", "p95_us", "seconds"} <= details[-1].keys()
 
 
 def test_background_threads_do_it_all(world):

@@ -3,7 +3,7 @@
 import contextlib
 import json
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,7 @@ INPUTS = (TensorSpec("x", "float32", ("n", 4)),)
 
 
 def graph(nodes: list[Any], constants: Mapping[str, Any] | None = None, *, output: int = TensorProto.FLOAT) -> bytes:
-    """A model from `x` float32 [n, 4] to `y`."""
+    """A model from `x` float32 [n, 4] to `y`. Nodes may be of `ai.onnx.ml` too."""
     body = helper.make_graph(
         nodes,
         "g",
@@ -37,8 +37,9 @@ def graph(nodes: list[Any], constants: Mapping[str, Any] | None = None, *, outpu
         [helper.make_tensor_value_info("y", output, ["n", 4])],
         [onnx.numpy_helper.from_array(np.asarray(value), name) for name, value in (constants or {}).items()],
     )
-    model = helper.make_model(body, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
-    return model.SerializeToString()
+    domains = {node.domain for node in nodes}
+    opsets = [helper.make_opsetid("", 17), *(helper.make_opsetid(name, 3) for name in sorted(domains - {""}))]
+    return helper.make_model(body, opset_imports=opsets, ir_version=8).SerializeToString()
 
 
 def scaling(factor: float) -> bytes:
@@ -103,8 +104,12 @@ class Server:
     def kinds(self, model: str = "detector") -> list[str]:
         return [event.kind for event in self.events if event.model == model and event.kind != "health"]
 
-    def publish(self, path: str, data: bytes) -> Manifest:
-        manifest = manifest_of(path, data)
+    def publish(self, path: str, data: bytes, bundle: bytes = b"", **said: Any) -> Manifest:
+        """`bundle`: what devices ask it before it serves. `said`: more fields of the manifest."""
+        manifest = replace(manifest_of(path, data), **said)
+        if bundle:
+            manifest = replace(manifest, acceptance=FileEntry("acceptance.npz", len(bundle), digest(bundle)))
+            self.simulator.blobs[digest(bundle)] = bundle
         self.simulator.list_release(manifest)
         self.simulator.blobs[digest(data)] = data
         return manifest
@@ -256,9 +261,9 @@ def judge(fleet: Fleet) -> None:
     fleet._worker.poller.report()
 
 
-def answer(fleet: Fleet) -> float:
+def answer(fleet: Fleet, model: str = "detector") -> float:
     """The factor of the release that answers now."""
-    return float(fleet.model("detector").run({"x": np.ones((1, 4), np.float32)})["y"][0, 0])
+    return float(fleet.model(model).run({"x": np.ones((1, 4), np.float32)})["y"][0, 0])
 
 
 def _json(value: dict[str, Any]) -> Answer:

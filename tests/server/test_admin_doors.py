@@ -59,7 +59,7 @@ ROOMS = {
     "auth/group": Room(OWNERS, OWNERS, OWNERS, OWNERS),
     "accounts/apitoken": Room(add=OWNERS, delete=OWNERS),
     "devices/device": Room(own={f"<path:object_id>/{name}/": OPERATORS for name in ("approve", "revoke")}),
-    "devices/group": Room(add=OPERATORS, change=OPERATORS, delete=OPERATORS),
+    "devices/group": Room(add=OPERATORS, change=OPERATORS, delete=OPERATORS, own={"preview/": LOOKERS}),
     "devices/enrolmenttoken": Room(add=OPERATORS, own={"<path:object_id>/revoke/": OPERATORS}),
     "devices/deviceevent": Room(),
     "releases/model": Room(change=OWNERS),
@@ -69,13 +69,29 @@ ROOMS = {
     "trust/rolemetadata": Room(own={"overview/": LOOKERS}),
     "rollouts/rollout": Room(
         add=OPERATORS,
-        own={f"<path:object_id>/{name}/": OPERATORS for name in ("start", "resume", "pause", "roll_back", "cancel")},
+        own={
+            f"<path:object_id>/{name}/": OPERATORS
+            for name in (
+                "start",
+                "resume",
+                "pause",
+                "roll_back",
+                "cancel",
+                "approve",
+                "reject",
+                "approve_stage",
+            )
+        },
     ),
+    "notices/subscription": Room(
+        add=OWNERS, delete=OWNERS, own={f"<path:object_id>/{name}/": OWNERS for name in ("test", "switch", "renew")}
+    ),
+    "notices/delivery": Room(own={"<path:object_id>/send_again/": OPERATORS}),
     "feedback/campaign": Room(add=OPERATORS, change=OPERATORS),
     "feedback/batch": Room(),
     "feedback/datasetpart": Room(),
 }
-APPS = r"^(?P<app_label>audit|auth|accounts|devices|releases|trust|rollouts|feedback)/$"
+APPS = r"^(?P<app_label>audit|auth|accounts|notices|devices|releases|trust|rollouts|feedback)/$"
 COMMON: dict[str, tuple[Callers, Callers]] = {
     "": (STAFF, STAFF),
     "search/": (STAFF, STAFF),
@@ -182,7 +198,7 @@ def test_bulk_actions_are_for_those_who_may(rows: dict[str, int], name: str) -> 
         model = apps.get_model(room.replace("/", "."))
         request = client.get("/admin/").wsgi_request
         offered[room] = set(admin.site.get_model_admin(model).get_actions(request))
-    one_by_one = {"releases/provenancekey"}  # by their service, which a bulk delete goes past
+    one_by_one = {"releases/provenancekey", "notices/subscription"}  # by their service, which a bulk delete goes past
     deletable = {room for room, rules in ROOMS.items() if name in rules.delete} - one_by_one
     for room, actions in offered.items():
         own = {action for where, action, who in BULK if where == room and name in who}

@@ -95,7 +95,7 @@ def test_what_was_recorded_is_sealed_in_order_and_holds() -> None:
 
 def test_a_change_that_is_rolled_back_was_not_done() -> None:
     with transaction.atomic():
-        save_group(name="paris", selector={})
+        save_group(name="paris", selector="")
         transaction.set_rollback(True)
     assert not AuditEntry.objects.filter(action="group.created").exists()
 
@@ -239,7 +239,7 @@ def test_our_own_code_refuses_too(attempt: Callable[[AuditEntry], object]) -> No
 
 @pytest.mark.django_db(transaction=True)
 def test_an_entry_is_sealed_right_after_its_commit() -> None:
-    save_group(name="paris", selector={})
+    save_group(name="paris", selector="")
     entry = newest("group.created")
     assert entry.seal.position == selectors.head().position
     with connection.cursor() as cursor:
@@ -253,7 +253,7 @@ def test_the_sweep_seals_what_a_crash_left(monkeypatch: pytest.MonkeyPatch) -> N
 
     with monkeypatch.context() as patch:
         patch.setattr(services, "seal", lambda: None)
-        save_group(name="paris", selector={})
+        save_group(name="paris", selector="")
     assert selectors.unsealed() == 1
     seal.delay()
     assert selectors.unsealed() == 0
@@ -266,7 +266,7 @@ def test_a_failing_seal_fails_no_change(monkeypatch: pytest.MonkeyPatch) -> None
         raise RuntimeError("the lock is away")
 
     monkeypatch.setattr(services, "_seal_some", broken)
-    assert save_group(name="paris", selector={}).pk
+    assert save_group(name="paris", selector="").pk
     assert selectors.unsealed() == 1
 
 
@@ -506,7 +506,7 @@ def test_a_viewer_looks_and_an_operator_exports_and_an_outsider_does_neither(cli
 
 
 def test_the_list_is_searched_and_filtered(client: Client) -> None:
-    save_group(name="paris", selector={})
+    save_group(name="paris", selector="")
     device("cam-9")
     services.record("device.approved", target="cam-9", comment="seen by Ann")
     client.force_login(staff(viewer()))

@@ -26,14 +26,15 @@ ONE, TWO = {"digits": "1.0.0/default"}, {"digits": "1.1.0/int8", "wine": "1.0.0/
 @pytest.mark.parametrize(
     ("selector", "names"),
     [
-        ({}, {"a", "b", "c"}),
-        ({"site": ["berlin"]}, {"a", "b"}),
-        ({"site": ["berlin"], "hw": ["pi5"]}, {"a"}),
-        ({"site": ["berlin", "paris"]}, {"a", "b", "c"}),
-        ({"odd__key.in": ["x"]}, set()),
+        ("", {"a", "b", "c"}),
+        ("site=berlin", {"a", "b"}),
+        ("site=berlin, hw=pi5", {"a"}),
+        ("site in (berlin, paris)", {"a", "b", "c"}),
+        ("site notin (berlin), 0!=x, @name!=a", {"c"}),
+        ("odd__key.in=x", set()),
     ],
 )
-def test_a_group_holds_the_active_devices_with_its_labels(selector: dict[str, list[str]], names: set[str]) -> None:
+def test_a_group_holds_the_active_devices_with_its_labels(selector: str, names: set[str]) -> None:
     device("a", labels={"site": "berlin", "hw": "pi5"})
     device("b", labels={"site": "berlin"})
     device("c", labels={"site": "paris"})
@@ -48,10 +49,8 @@ def test_no_group_is_every_active_device() -> None:
     assert len(list(selectors.members(None))) == 2
 
 
-@pytest.mark.parametrize(
-    "selector", [[], {"Site": ["a"]}, {"site": "berlin"}, {"site": []}, {"site": [1]}, {"a b": ["c"]}]
-)
-def test_a_selector_that_makes_no_sense_is_refused(selector: Any) -> None:
+@pytest.mark.parametrize("selector", ["Site=a", "site in ()", "site=berlin,", "a b=c", "site=="])
+def test_a_selector_that_makes_no_sense_is_refused(selector: str) -> None:
     with pytest.raises(Invalid):
         services.save_group(name="some", selector=selector)
     assert not Group.objects.exists()
@@ -60,7 +59,7 @@ def test_a_selector_that_makes_no_sense_is_refused(selector: Any) -> None:
 def test_two_groups_cannot_share_a_name() -> None:
     group("berlin")
     with pytest.raises(Conflict) as caught:
-        services.save_group(name="berlin", selector={})
+        services.save_group(name="berlin", selector="")
     assert caught.value.code == "group_exists"
 
 
@@ -125,11 +124,11 @@ def test_marks_of_a_write_that_failed_are_kept_for_the_next_but_newer_ones_win(m
     write = seen._write
 
     def fail(marks: Any) -> None:
-        buffer.mark(two.pk, runs="", now=now)  # it polls again while the write fails
+        buffer.mark(two.pk, runs="", now=now.timestamp())  # it polls again while the write fails
         raise DatabaseError
 
-    buffer.mark(one.pk, runs="", now=now - timedelta(seconds=9))
-    buffer.mark(two.pk, runs="", now=now - timedelta(seconds=9))
+    buffer.mark(one.pk, runs="", now=now.timestamp() - 9)
+    buffer.mark(two.pk, runs="", now=now.timestamp() - 9)
     monkeypatch.setattr(seen, "_write", fail)
     with pytest.raises(DatabaseError):
         buffer.flush()

@@ -27,6 +27,7 @@ from fleet.trust import services as trust
 from fleet.trust.models import RoleMetadata
 from tests.fleet_world import (
     api_token,
+    delivery,
     device,
     enrolment_token,
     group,
@@ -47,6 +48,7 @@ Door = Mapping[str, Callers]  # method to who gets in; methods that are not ther
 PEOPLE = frozenset({"viewer", "operator", "superuser"})
 READERS = PEOPLE | {"token read", "token operate", "viewer's token operate"}
 OPERATORS = frozenset({"operator", "superuser", "token operate"})
+OWNERS = frozenset({"superuser"})
 CI = frozenset({"token publish"})
 ANY_CI = CI | {"token publish wine"}
 SIGNERS = CI | {"token sign"}
@@ -85,6 +87,7 @@ DOORS: dict[str, Door] = {
     "api/v1/devices/": READ,
     "api/v1/devices/<pk>/": READ,
     "api/v1/devices/<pk>/approve/": DO,
+    "api/v1/devices/<pk>/explain/": READ,
     "api/v1/devices/<pk>/labels/": DO,
     "api/v1/devices/<pk>/pin/": DO,
     "api/v1/devices/<pk>/revoke/": DO,
@@ -99,6 +102,14 @@ DOORS: dict[str, Door] = {
     "api/v1/rollouts/<pk>/resume/": DO,
     "api/v1/rollouts/<pk>/cancel/": DO,
     "api/v1/rollouts/<pk>/roll_back/": DO,
+    "api/v1/rollouts/<pk>/approve/": DO,
+    "api/v1/rollouts/<pk>/reject/": DO,
+    "api/v1/rollouts/<pk>/approve_stage/": DO,
+    "api/v1/subscriptions/": {**READ, "POST": OWNERS},  # where it goes to is the owners' word
+    "api/v1/subscriptions/<pk>/test/": {"POST": OWNERS},
+    "api/v1/deliveries/": READ,
+    "api/v1/deliveries/<pk>/": READ,
+    "api/v1/deliveries/<pk>/send_again/": DO,
     "api/v1/campaigns/": {**READ, **DO},
     "api/v1/campaigns/<pk>/": {**READ, "PATCH": OPERATORS},
     "api/v1/batches/": READ,
@@ -110,6 +121,7 @@ DOORS: dict[str, Door] = {
     # Whoever has the key in the address.
     "tuf/<device>/<key>/metadata/<name>": {"GET": ALL},
     "tuf/<device>/<key>/targets/<model>/<version>/<name>": {"GET": ALL},
+    "api/v1/subscriptions/<pk>/": {**READ, "DELETE": OWNERS},  # the last: it takes its deliveries along
 }
 ENROLMENT = b'{"device": "new", "nonce": "%s", "labels": {}, "sdk": "1"}' % (b"0" * 32)
 
@@ -160,6 +172,7 @@ def building(registry: Registry) -> Building:
     objects = {
         "models": made.model.pk, "releases": made.pk, "devices": theirs.pk, "groups": group().pk, "events": told.pk,
         "rollouts": running(made).pk, "campaigns": campaign(made.model).pk, "batches": batch.pk,
+        "subscriptions": (sent := delivery()).subscription.pk, "deliveries": sent.pk,
     }  # fmt: skip
     return Building(parts, objects)
 

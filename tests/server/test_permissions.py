@@ -19,9 +19,9 @@ from tests.fleet_world import api_token, device, group, operator, outsider, refu
 pytestmark = pytest.mark.django_db
 LISTS = ["models", "releases", "devices", "groups", "events", "rollouts", "campaigns", "batches", "spread", "laggards"]
 WRITES: list[tuple[str, str, dict[str, Any]]] = [
-    ("POST", "groups/", {"name": "paris", "selector": {}}),
+    ("POST", "groups/", {"name": "paris", "selector": ""}),
     ("PATCH", "groups/{group}/", {"description": "x"}),
-    ("PUT", "groups/{group}/", {"name": "paris", "selector": {}}),
+    ("PUT", "groups/{group}/", {"name": "paris", "selector": ""}),
     ("POST", "rollouts/", {"release": "{release}", "stages": [{"percent": 100}]}),
     ("POST", "rollouts/{rollout}/start/", {}),
     ("POST", "rollouts/{rollout}/pause/", {}),

@@ -170,7 +170,7 @@ def test_the_table_is_that_of_the_design() -> None:
     assert not [key for key in table if key[0] == State.CANCELLED]
     assert {state for state, action in table if action == services.RESUME} == {State.PAUSED, State.HALTED}
     assert {state for state, action in table if action == services.HALT} == {State.RUNNING}
-    assert {state for state, action in table if action == services.START} == {State.DRAFT}
+    assert {state for state, action in table if action == services.START} == {State.DRAFT, State.SCHEDULED}
 
 
 def test_a_person_is_named_in_the_history() -> None:
@@ -183,15 +183,15 @@ def test_a_person_is_named_in_the_history() -> None:
 
 def test_of_two_people_who_act_at_once_one_is_told_to_look_again(monkeypatch: pytest.MonkeyPatch) -> None:
     rollout = running(release())
-    fetch = services._fetch
+    fetch = services.fetch
 
     def fetch_then_rival(target: Any) -> Rollout:
         row = fetch(target)
-        monkeypatch.setattr(services, "_fetch", fetch)
+        monkeypatch.setattr(services, "fetch", fetch)
         services.pause(rollout=rollout.pk, actor="rival")
         return row
 
-    monkeypatch.setattr(services, "_fetch", fetch_then_rival)
+    monkeypatch.setattr(services, "fetch", fetch_then_rival)
     with pytest.raises(Conflict) as caught:
         services.cancel(rollout=rollout, actor="ann")
     assert caught.value.code == "wrong_state"

@@ -6,7 +6,7 @@ from django import template
 from django.utils import timezone
 
 from fleet import presentation
-from fleet.dashboard import pages, selectors
+from fleet.dashboard import guard_page, pages, selectors, why
 from fleet.rollouts import services
 from fleet.rollouts.models import Rollout
 
@@ -65,6 +65,11 @@ def words(value: str) -> str:
 # What the history of a rollout says of an action, and in which colour.
 _ACTIONS = {
     services.CREATE: ("Created", ""),
+    services.SUBMIT: ("Submitted for approval", "warning"),
+    services.SCHEDULE: ("Scheduled", "info"),
+    services.APPROVE: ("Approved", "success"),
+    services.REJECT: ("Rejected", "danger"),
+    services.APPROVE_STAGE: ("Stage approved", "success"),
     services.START: ("Started", "info"),
     services.PAUSE: ("Paused", "warning"),
     services.RESUME: ("Resumed", "info"),
@@ -87,8 +92,11 @@ def action_tone(action: str) -> str:
 
 
 register.simple_tag(pages.guards, name="rollout_guards")
+register.simple_tag(guard_page.evidence_of, name="rollout_evidence")
+register.simple_tag(pages.aim, name="rollout_aim")
 register.simple_tag(pages.outcomes, name="rollout_outcomes")
 register.simple_tag(pages.device, name="device_page")
+register.simple_tag(why.device_why)
 register.simple_tag(pages.variants, name="release_variants")
 register.simple_tag(pages.revoked, name="release_revoked")
 register.simple_tag(pages.provenance, name="release_provenance")

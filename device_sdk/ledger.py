@@ -1,0 +1,79 @@
+"""What each kept release did on this device over all processes so far: what a trial is compared with, and its own part.
+
+    ledger.json   {model: {sha256: {counts, seconds}}}, a few kilobytes; only of releases that may serve again
+
+Losing it costs a comparison, never a model. One process writes it, an hour apart and where something ends.
+"""
+
+import json
+import logging
+from collections.abc import Collection
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from device_sdk.config import read_plainly, write_durably
+from device_sdk.counts import Counts, added
+from device_sdk.protocol import fields, limits
+from device_sdk.protocol.errors import ProtocolError
+from device_sdk.protocol.names import check_sha256
+
+log = logging.getLogger("device_sdk")
+
+_LIMIT = limits.MIB
+_LONGEST = 2.0**40
+
+
+@dataclass(frozen=True, slots=True)
+class Done:
+    """What a release did, and for how many seconds it served."""
+
+    counts: Counts = field(default_factory=Counts)
+    seconds: float = 0.0
+
+    def and_then(self, counts: Counts, seconds: float) -> "Done":
+        return Done(added([self.counts, counts]), self.seconds + seconds)
+
+
+class Ledger:
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._done = _read(path)
+
+    def get(self, model: str, sha: str | None) -> Done:
+        return self._done.get(model, {}).get(sha or "", Done())
+
+    def keep(self, model: str, sha: str, done: Done, *, kept: Collection[str]) -> None:
+        """Set what `sha` did, and forget the model's releases that are not `kept`. A full disk keeps the old."""
+        old = self._done.get(model, {})
+        self._done[model] = {name: each for name, each in (old | {sha: done}).items() if name in kept}
+        try:
+            write_durably(self._path, self._to_bytes())
+        except OSError as error:
+            log.warning("what %s did is kept in memory only: %s", model, error.strerror)
+
+    def _to_bytes(self) -> bytes:
+        content = {
+            model: {sha: {"counts": each.counts.to_json(), "seconds": each.seconds} for sha, each in done.items()}
+            for model, done in self._done.items()
+        }
+        return json.dumps(content).encode()
+
+
+def _read(path: Path) -> dict[str, dict[str, Done]]:
+    try:
+        items = fields.parse_object(read_plainly(path, limit=_LIMIT), limit=_LIMIT, what="ledger")
+        return {model: _parse(fields.as_object(done, model)) for model, done in items.items()}
+    except FileNotFoundError:
+        return {}
+    except (OSError, ProtocolError) as error:
+        log.warning("%s was lost: %s", path, error)
+        return {}
+
+
+def _parse(done: fields.Json) -> dict[str, Done]:
+    found = {}
+    for sha, value in done.items():
+        item = fields.as_object(value, "done")
+        seconds = fields.take_number(item, "seconds", low=0, high=_LONGEST)
+        found[check_sha256(sha)] = Done(Counts.parse(item.get("counts")), seconds)
+    return found

@@ -1,0 +1,1 @@
+"""What `fleet-publish` is made of: see `device_sdk.publish`."""
