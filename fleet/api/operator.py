@@ -40,6 +40,7 @@ from fleet.releases.models import Model, Release
 from fleet.rollouts import approval, deciding
 from fleet.rollouts import selectors as rollout_selectors
 from fleet.rollouts import services as rollouts
+from fleet.rollouts.counting import survey
 from fleet.rollouts.models import Rollout
 from fleet.rollouts.terms.pace import NAMES as PACE
 from fleet.rollouts.terms.pace import pace_of
@@ -263,8 +264,8 @@ class LaggardsView(ListAPIView[Any]):
     serializer_class = shapes.LaggardSerializer
 
     def filter_queryset(self, queryset: Any) -> Any:
-        """Not rows of a table: found by comparing what devices run with what the policy says."""
-        return list(rollout_selectors.laggards(self.request.query_params.get("model")))
+        """Not rows of a table: found by comparing what devices run with what the policy says, a page at a time."""
+        return survey.Pages(self.request.query_params.get("model"))
 
     @extend_schema(parameters=[OpenApiParameter("model", str, description="only of this model")])
     def get(self, request: Request, *args: Any, **kwargs: Any) -> Response:

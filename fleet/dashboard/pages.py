@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from datetime import datetime, timedelta
 from typing import Any
 
-from django.db.models import QuerySet
+from django.db.models import Count, QuerySet
 from django.utils import timezone
 from django.utils.html import format_html
 
@@ -90,12 +90,10 @@ SHOWN_FIRST = (Outcome.State.FAILED, Outcome.State.UPDATING, Outcome.State.WITHD
 
 def outcomes(rollout: Rollout) -> dict[str, Any]:
     """Devices of a rollout, failures first; `reasons` sums up why."""
-    failed = rollout.outcomes.filter(state=Outcome.State.FAILED)
-    reasons = Counter(reason.split(":")[0] or "no reason given" for reason in failed.values_list("reason", flat=True))
-    rows = rollout.outcomes.select_related("device").order_by("-state", "-changed_at")
-    order = {state: place for place, state in enumerate(SHOWN_FIRST)}
-    shown = [*failed.select_related("device")[:OUTCOMES], *rows.exclude(state=Outcome.State.FAILED)[:OUTCOMES]]
-    shown = sorted(shown[:OUTCOMES], key=lambda row: order[Outcome.State(row.state)])
+    shown: list[Outcome] = []
+    for state in SHOWN_FIRST:  # one state after the other: each has its place in an index
+        rows = rollout.outcomes.filter(state=state).select_related("device").order_by("-changed_at")
+        shown += rows[: OUTCOMES - len(shown)]
     cells = [
         [
             presentation.link(row.device),
@@ -106,10 +104,19 @@ def outcomes(rollout: Rollout) -> dict[str, Any]:
         for row in shown
     ]
     return {
-        "reasons": reasons.most_common(6),
-        "total": rollout.outcomes.count(),
+        "reasons": _failures(rollout).most_common(6),
+        "total": sum(rollouts.outcome_counts(rollout).values()),
         "table": table(["Device", "State", "Last said", "When"], cells),
     }
+
+
+def _failures(rollout: Rollout) -> Counter[str]:
+    """By the first words of the reason."""
+    reasons = Counter[str]()
+    failed = rollout.outcomes.filter(state=Outcome.State.FAILED).order_by()
+    for reason, number in failed.values_list("reason").annotate(number=Count("*")):
+        reasons[reason.split(":")[0] or "no reason given"] += number
+    return reasons
 
 
 # --- devices ------------------------------------------------------------------------------------------------------

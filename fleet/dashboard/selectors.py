@@ -4,7 +4,7 @@ Nothing here decides anything about a device: the target of a model is read from
 """
 
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from itertools import pairwise
@@ -13,14 +13,15 @@ from typing import TypeVar
 
 from django.conf import settings
 from django.core.cache import cache
-from django.db.models import Count, Max, Min, Q, QuerySet, Sum
+from django.db.models import Max, Min, QuerySet, Sum
 from django.db.models.functions import TruncDay, TruncHour, TruncMinute, TruncSecond
 
 from fleet.devices import selectors as devices
-from fleet.devices.models import Device, EnrolmentToken, RunningSet, SpreadSample
+from fleet.devices.models import Device, EnrolmentToken, SpreadSample
 from fleet.feedback.models import Batch, DatasetPart
 from fleet.releases.models import Model, Release
 from fleet.rollouts import selectors as rollouts
+from fleet.rollouts.counting import summary, tallies
 from fleet.rollouts.models import Rollout, Stage
 from fleet.trust.models import RoleMetadata
 
@@ -28,9 +29,8 @@ Value = TypeVar("Value")
 
 NOTHING = ""  # the version of a device that runs no release of a model yet
 SERIES = 6  # versions with a colour of their own; older ones are one "other"
-LAGGARDS = 12  # shown
 SHOWN_ROLLOUTS = 8
-COSTLY_SECONDS, KEPT_SECONDS = 1.0, 120.0
+COSTLY_SECONDS, GROUPED_SECONDS, KEPT_SECONDS = 1.0, 0.1, 120.0
 REASONS = {  # of `rollouts.selectors`, for people
     rollouts.PINNED: "pinned",
     rollouts.OFFLINE: "offline",
@@ -126,6 +126,7 @@ class RolloutCard:
     committed: int
     failed: int
     withdrawn: int
+    as_of: datetime | None = None  # of `admitted`; None: now
 
     @property
     def current(self) -> int:
@@ -140,6 +141,7 @@ class Laggards:
     total: int
     rows: tuple[rollouts.Laggard, ...]
     reasons: tuple[tuple[str, int], ...]
+    as_of: datetime | None = None  # of the numbers; None: now
 
 
 @dataclass(frozen=True, slots=True)
@@ -181,24 +183,18 @@ class Step:
 # --- presence -----------------------------------------------------------------------------------------------------
 def presence(now: datetime) -> Presence:
     bounds = (devices.offline_before(), now - timedelta(hours=1), now - timedelta(days=1), now - timedelta(days=7))
-    counts = Device.objects.aggregate(
-        active=Count("pk", filter=Q(state=Device.State.ACTIVE)),
-        pending=Count("pk", filter=Q(state=Device.State.PENDING)),
-        **{
-            f"after{n}": Count("pk", filter=Q(state=Device.State.ACTIVE, last_seen__gte=bound))
-            for n, bound in enumerate(bounds)
-        },
-    )
-    reached = [counts[f"after{n}"] for n in range(len(bounds))]
+    active = sum(number for _, number in running_sets())
+    pending = Device.objects.filter(state=Device.State.PENDING).count()
+    reached = grouped("dashboard-seen", lambda: devices.seen_since(*bounds))
     parts = [reached[0], *(max(0, b - a) for a, b in pairwise(reached))]
-    parts.append(counts["active"] - sum(parts))
+    parts.append(max(0, active - sum(parts)))
     labels = ("Online", "Within the hour", "Within a day", "Within a week", "Longer or never")
     tones = ("good", "calm", "quiet", "warn", "bad")
     return Presence(
-        active=counts["active"],
-        pending=counts["pending"],
+        active=active,
+        pending=pending,
         rows=tuple(
-            Seen(label, number, _percent(number, counts["active"]), tone)
+            Seen(label, number, _percent(number, active), tone)
             for label, number, tone in zip(labels, parts, tones, strict=True)
         ),
     )
@@ -256,19 +252,25 @@ def _model_spread(
 
 
 def _running_now() -> dict[str, Counter[str]]:
-    """Devices by model and version. Grouped in the database: few distinct combinations, however many devices."""
+    """Devices by model and version; who has a model and runs nothing of it is what is left over."""
     running: dict[str, Counter[str]] = defaultdict(Counter)
-    sets = dict(RunningSet.objects.values_list("pk", "runs"))
-    groups = Device.objects.filter(state=Device.State.ACTIVE).values_list("model_names", "runs_id")
-    for names, runs_id, number in groups.annotate(number=Count("pk")).order_by():
-        runs = sets.get(runs_id, {}) if runs_id else {}
-        for model in names:
-            running[model][_version(runs.get(model))] += number
+    having = grouped("dashboard-having", devices.having)
+    for runs, number in running_sets():
+        for model in runs.keys() & having.keys():
+            running[model][devices.version_of(runs[model])] += number
+    for model, number in having.items():
+        if (without := number - running[model].total()) > 0:
+            running[model][NOTHING] = without
     return running
 
 
-def _version(running: str | None) -> str:
-    return devices.version_of(running) if running else NOTHING
+def running_sets() -> list[tuple[dict[str, str], int]]:
+    return grouped("dashboard-running", devices.running_sets)
+
+
+def grouped(key: str, look: Callable[[], Value]) -> Value:
+    """What the database groups: milliseconds for thousands of devices, and kept for a moment where they are many."""
+    return costly(key, look, limit=GROUPED_SECONDS)
 
 
 def _releases_by_name() -> dict[str, dict[str, int]]:
@@ -387,30 +389,35 @@ def in_flight() -> Now:
     rows = Rollout.objects.filter(state__in=IN_FLIGHT).select_related("release__model", "group", "created_by")
     shown = list(rows.prefetch_related("stages__ring")[:SHOWN_ROLLOUTS])
     revision = "-".join(f"{row.pk}.{row.state}.{row.stage_index}" for row in shown)
-    survey = costly(f"dashboard-survey-{revision}", lambda: _survey(shown))
-    cards = tuple(_card(row, survey.progress[row.pk]) for row in shown)
-    return Now(cards, survey.laggards)
-
-
-@dataclass(frozen=True, slots=True)
-class _Survey:
-    progress: Mapping[int, rollouts.Progress]
-    laggards: Laggards
-
-
-def _survey(shown: Sequence[Rollout]) -> _Survey:
-    survey = rollouts.survey(shown)
-    found = sorted(survey.laggards, key=lambda row: (row.device.last_seen is not None, row.device.last_seen))
-    reasons = Counter(REASONS.get(row.why, row.why) for row in found)
-    return _Survey(survey.progress, Laggards(len(found), tuple(found[:LAGGARDS]), tuple(reasons.most_common())))
+    found = costly(f"dashboard-survey-{revision}", lambda: summary.of(shown))
+    reasons = Counter[str]()
+    for why, number in found.reasons.items():
+        reasons[REASONS.get(why, why)] += number
+    laggards = Laggards(found.total, tuple(found.rows), tuple(reasons.most_common()), found.as_of)
+    return Now(tuple(_cards(shown, found)), laggards)
 
 
 def rollout_card(rollout: Rollout) -> RolloutCard:
     key = f"dashboard-rollout-{rollout.pk}.{rollout.state}.{rollout.stage_index}"
-    return _card(rollout, costly(key, lambda: rollouts.progress(rollout)))
+    return next(_cards([rollout], costly(key, lambda: summary.of_rollout(rollout))))
 
 
-def costly(key: str, look: Callable[[], Value], *, clock: Callable[[], float] = monotonic) -> Value:
+def _cards(shown: Sequence[Rollout], found: summary.Summary) -> Iterator[RolloutCard]:
+    """Outcomes are as of now; who is admitted, of a large fleet, as of the summary."""
+    counts = tallies.outcome_counts([row.pk for row in shown])
+    for row in shown:
+        said, progress = counts[row.pk], found.progress.get(row.pk)
+        admitted = max(sum(said.values()), progress.admitted if progress else 0)
+        yield _card(row, rollouts.Progress(total=0, admitted=admitted, **said), found.as_of)
+
+
+def costly(
+    key: str,
+    look: Callable[[], Value],
+    *,
+    limit: float = COSTLY_SECONDS,
+    clock: Callable[[], float] = monotonic,
+) -> Value:
     """What takes long to find out is kept for ten times as long, so that looking costs a tenth of a core at most.
 
     A fleet of a thousand devices stays under the limit, and its page is always fresh.
@@ -420,12 +427,12 @@ def costly(key: str, look: Callable[[], Value], *, clock: Callable[[], float] = 
         return kept
     began = clock()
     found = look()
-    if (cost := clock() - began) > COSTLY_SECONDS:
+    if (cost := clock() - began) > limit:
         cache.set(key, found, min(10 * cost, KEPT_SECONDS))
     return found
 
 
-def _card(rollout: Rollout, progress: rollouts.Progress) -> RolloutCard:
+def _card(rollout: Rollout, progress: rollouts.Progress, as_of: datetime | None) -> RolloutCard:
     total = max(progress.admitted, 1)
     shares = (progress.committed / total, progress.updating / total, progress.failed / total)
     return RolloutCard(
@@ -436,6 +443,7 @@ def _card(rollout: Rollout, progress: rollouts.Progress) -> RolloutCard:
         committed=progress.committed,
         failed=progress.failed,
         withdrawn=progress.withdrawn,
+        as_of=as_of,
     )
 
 

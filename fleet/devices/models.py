@@ -72,7 +72,7 @@ class Device(models.Model):
     token = models.ForeignKey(EnrolmentToken, null=True, blank=True, on_delete=models.SET_NULL)
     sdk = models.CharField(max_length=32, blank=True)
     abilities = models.JSONField(default=dict, blank=True)  # see protocol.abilities; as it said last
-    runs = models.ForeignKey(RunningSet, null=True, blank=True, on_delete=models.SET_NULL)
+    runs = models.ForeignKey(RunningSet, null=True, blank=True, on_delete=models.SET_NULL, db_index=False)  # see Meta
     pins = models.JSONField(default=dict, blank=True)  # model to `<version>`: overrides every rollout
     dropped_events = models.PositiveBigIntegerField(default=0)
     refusal = models.JSONField(default=dict, blank=True)  # {code, message, model, at} while it refuses what it is sent
@@ -81,6 +81,13 @@ class Device(models.Model):
 
     class Meta:
         ordering: ClassVar = ["name"]
+        # What pages and the engine ask of the whole fleet, each answered from an index alone.
+        indexes: ClassVar = [
+            models.Index(fields=["runs", "state"], name="devices_by_runs"),
+            models.Index(fields=["id"], condition=Q(state="active") & ~Q(pins={}), name="active_with_pins"),
+            models.Index(fields=["id"], condition=Q(state="active") & ~Q(refusal={}), name="active_refusing"),
+            models.Index(fields=["state"], condition=~Q(state="active"), name="not_active_by_state"),
+        ]
 
     def __str__(self) -> str:
         return self.name
@@ -126,6 +133,7 @@ class ModelStatus(models.Model):
         constraints: ClassVar = [
             models.UniqueConstraint(fields=["device", "model"], name="one_status_per_model"),
         ]
+        indexes: ClassVar = [models.Index(fields=["release", "state"], name="statuses_by_release")]
 
     def __str__(self) -> str:
         return f"{self.model}: {self.state}"

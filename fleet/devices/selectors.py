@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from datetime import datetime, timedelta
 
 from django.conf import settings
-from django.db.models import Count, QuerySet
+from django.db.models import Count, Q, QuerySet
 from django.utils import timezone
 
 from fleet.devices.matching import chosen, selector_of
@@ -53,11 +53,18 @@ def offline_before() -> datetime:
     return timezone.now() - timedelta(seconds=MISSED_POLLS * settings.POLL_INTERVAL)
 
 
+def running_sets() -> list[tuple[dict[str, str], int]]:
+    """What active devices run, and how many: a count per running set, of an index alone, whatever the fleet."""
+    active = Device.objects.filter(state=Device.State.ACTIVE).order_by()
+    counts = dict(active.values_list("runs_id").annotate(number=Count("*")))
+    described = dict(RunningSet.objects.filter(pk__in=[pk for pk in counts if pk]).values_list("pk", "runs"))
+    return [(described.get(pk, {}), number) for pk, number in counts.items()]
+
+
 def spread() -> Spread:
-    """How many active devices run which version of which model. One count per running set, not per device."""
+    """How many active devices run which version of which model."""
     counts: dict[str, Counter[str]] = defaultdict(Counter)
-    active = Device.objects.filter(state=Device.State.ACTIVE, runs__isnull=False)
-    for runs, number in active.order_by().values_list("runs__runs").annotate(number=Count("pk")):
+    for runs, number in running_sets():
         for model, running in runs.items():
             counts[model][version_of(running)] += number
     return {model: dict(versions) for model, versions in counts.items()}
@@ -66,11 +73,30 @@ def spread() -> Spread:
 def running(model: str) -> Counter[str]:
     """How many active devices run which `<version>/<variant>` of a model."""
     counts: Counter[str] = Counter()
-    active = Device.objects.filter(state=Device.State.ACTIVE, runs__isnull=False)
-    for runs, number in active.order_by().values_list("runs__runs").annotate(number=Count("pk")):
+    for runs, number in running_sets():
         if model in runs:
             counts[runs[model]] += number
     return counts
+
+
+def having() -> Counter[str]:
+    """How many active devices have which model, whether they run something of it or not. Looks at every device."""
+    counts: Counter[str] = Counter()
+    active = Device.objects.filter(state=Device.State.ACTIVE).order_by()
+    for names, number in active.values_list("model_names").annotate(number=Count("*")):
+        counts.update(dict.fromkeys(names, number))
+    return counts
+
+
+def seen_since(*moments: datetime) -> list[int]:
+    """How many active devices were seen since each of these, by the index of `last_seen`."""
+    later = [Count("pk", filter=Q(last_seen__gte=moment)) for moment in moments]
+    named = {f"after{place}": count for place, count in enumerate(later)}
+    all_, others = (
+        rows.filter(last_seen__gte=min(moments)).aggregate(**named)
+        for rows in (Device.objects.order_by(), Device.objects.exclude(state=Device.State.ACTIVE).order_by())
+    )
+    return [all_[name] - others[name] for name in named]
 
 
 def spread_history(model: str, since: datetime) -> list[tuple[datetime, dict[str, int]]]:

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from typing import Any, ClassVar
 
 from django.contrib import admin, messages
-from django.db.models import Count, Model, Q, QuerySet
+from django.db.models import Count, Model, QuerySet
 from django.http import HttpRequest, HttpResponse, HttpResponseRedirect
 from unfold.contrib.filters.admin import ChoicesDropdownFilter, RelatedDropdownFilter
 from unfold.decorators import action, display
@@ -15,6 +15,7 @@ from fleet import adminkit, presentation
 from fleet.adminkit import CommentForm, KeptAdmin, OptionalCommentForm, dialog
 from fleet.errors import FleetError
 from fleet.rollouts import approval, deciding, services
+from fleet.rollouts.counting import tallies
 from fleet.rollouts.forms import RolloutForm
 from fleet.rollouts.models import Outcome, Rollout
 from fleet.rollouts.terms import watch
@@ -38,6 +39,21 @@ def condition_texts(conditions: dict[str, Any]) -> list[str]:
 _SIZE_TEXTS = {
     "free_disk": "{} of disk free", "free_memory": "{} of memory free", "rate": "{} a second", "daily": "{} a day",
 }  # fmt: skip
+
+
+def counted(changelist: Any) -> Any:
+    """A change list that counts the outcomes of the rollouts on its page, by one query, and of no others."""
+
+    class Counted(changelist):  # type: ignore[misc]
+        def get_results(self, request: HttpRequest) -> None:
+            super().get_results(request)
+            rows = list(self.result_list)
+            counts = tallies.outcome_counts([row.pk for row in rows])
+            for row in rows:
+                row.counts = counts[row.pk]
+            self.result_list: list[Any] = rows
+
+    return Counted
 
 
 def pace_texts(rollout: Rollout) -> list[str]:
@@ -107,10 +123,10 @@ class RolloutAdmin(KeptAdmin):
 
     def get_queryset(self, request: HttpRequest) -> QuerySet[Rollout]:
         rows: QuerySet[Rollout] = super().get_queryset(request)
-        counted = {
-            state: Count("outcomes", filter=Q(outcomes__state=state), distinct=True) for state in Outcome.State.values
-        }
-        return rows.annotate(**counted, stage_count=Count("stages", distinct=True))
+        return rows.annotate(stage_count=Count("stages"))
+
+    def get_changelist(self, request: HttpRequest, **kwargs: Any) -> Any:
+        return counted(super().get_changelist(request, **kwargs))
 
     # --- adding ---------------------------------------------------------------------------------------------------
 
@@ -295,7 +311,8 @@ class RolloutAdmin(KeptAdmin):
 
     @display(description="Devices")
     def counts(self, rollout: Rollout) -> str:
-        parts = [f"{number} {state}" for state in Outcome.State.values if (number := getattr(rollout, state))]
+        counts: dict[str, int] = rollout.counts  # type: ignore[attr-defined]  # see `counted`
+        parts = [f"{number} {state}" for state in Outcome.State.values if (number := counts[state])]
         return ", ".join(parts) or "-"
 
     @display(description="Created by")

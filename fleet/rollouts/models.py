@@ -143,6 +143,7 @@ class Outcome(models.Model):
             models.UniqueConstraint(fields=["rollout", "device"], name="one_outcome_per_device"),
         ]
         indexes: ClassVar = [
+            models.Index(fields=["rollout", "state"], name="outcomes_by_state"),
             models.Index(fields=["retry_at"], condition=models.Q(retry_at__isnull=False), name="outcomes_to_retry"),
             models.Index(fields=["tried_at"], condition=models.Q(state="updating"), name="outcomes_under_way"),
         ]
@@ -247,6 +248,18 @@ class RolloutAction(models.Model):
 
     def __str__(self) -> str:
         return f"{self.action} by {self.actor}"
+
+
+class FleetSummary(models.Model):
+    """One row: what was last counted of a fleet too large to be counted for each page, see `counting.summary`."""
+
+    content = models.JSONField(default=dict)
+    seconds = models.FloatField(default=0)  # that it took
+    counted_at = models.DateTimeField(null=True)
+    asked_at = models.DateTimeField(null=True)  # somebody looked: counting was begun
+
+    def __str__(self) -> str:
+        return f"as of {self.counted_at}"
 
 
 class PolicyRevision(models.Model):

@@ -128,19 +128,19 @@ def _options(rollouts: Sequence[RolloutRules], traits: Traits, *, stop: bool) ->
         way = way_to(rollout.release, traits)
         if not way.steps and rollout.release.variants:
             continue
-        ahead = _any([ring.by_labels(labels) for ring in rollout.rings])
+        ahead = any_of([ring.by_labels(labels) for ring in rollout.rings])
         yield Option(rollout, way, _assignments(rollout.release, way, rollout, stop=stop), targeted, ahead)
 
 
 def _targeted_by_labels(rollout: RolloutRules, labels: Mapping[str, str]) -> bool | None:
     inside = rollout.selector.by_labels(labels)
-    outside = _any([each.by_labels(labels) for each in rollout.excludes])
+    outside = any_of([each.by_labels(labels) for each in rollout.excludes])
     if inside is False or outside is True:
         return False
     return None if inside is None or outside is None else True
 
 
-def _any(answers: Sequence[bool | None]) -> bool | None:
+def any_of(answers: Sequence[bool | None]) -> bool | None:
     """True where one is; None where it hangs on one that is not known."""
     return True if True in answers else None if None in answers else False
 

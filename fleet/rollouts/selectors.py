@@ -1,10 +1,11 @@
 """What can be asked about rollouts: a device's assignments, how far a rollout is, and why a device lags."""
 
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
 from functools import lru_cache
+from itertools import islice
 
 from django.db.models import Count, Q
 
@@ -12,14 +13,15 @@ from device_sdk.protocol import events
 from device_sdk.protocol.abilities import UNSAID, Abilities
 from device_sdk.protocol.assignment import Assignment
 from device_sdk.protocol.errors import ProtocolError
-from fleet.devices.models import Device, ModelStatus
+from fleet.devices.models import Device, ModelStatus, RunningSet
 from fleet.devices.selectors import members, offline_before
 from fleet.releases.models import Release, Variant
-from fleet.rollouts import explaining, policy, snapshots, targeting
+from fleet.rollouts import explaining, policy, snapshots
 from fleet.rollouts.models import Outcome, Rollout
 
 FAILED, COMMITTED = Outcome.State.FAILED, Outcome.State.COMMITTED
 UPDATING, WITHDRAWN = Outcome.State.UPDATING, Outcome.State.WITHDRAWN
+AT_ONCE = 1_000  # devices as rows in memory
 
 
 # --- one device --------------------------------------------------------------------------------------------------
@@ -166,46 +168,14 @@ class Progress:
 
 
 def progress(rollout: Rollout) -> Progress:
-    total = sum(rollout.release.model.name in device.model_names for device in targeting.devices(rollout))
-    return _progress(rollout, total, {device.pk for device in assigned_devices(rollout)})
+    from fleet.rollouts.counting import tallies
 
-
-def _progress(rollout: Rollout, total: int, assigned: set[int]) -> Progress:
-    counts = outcome_counts(rollout)
-    reported = set(Outcome.objects.filter(rollout=rollout).values_list("device_id", flat=True))
-    return Progress(
-        total=total,
-        admitted=len(reported | assigned),
-        updating=counts[UPDATING],
-        committed=counts[COMMITTED],
-        failed=counts[FAILED],
-        withdrawn=counts[WITHDRAWN],
-    )
+    return tallies.progress(rollout)
 
 
 def outcome_counts(rollout: Rollout) -> dict[str, int]:
-    found = Outcome.objects.filter(rollout=rollout).order_by().values_list("state").annotate(number=Count("pk"))
+    found = Outcome.objects.filter(rollout=rollout).order_by().values_list("state").annotate(number=Count("*"))
     return {**dict.fromkeys(Outcome.State.values, 0), **dict(found)}
-
-
-def tally(rollout: Rollout, *, counted: bool) -> policy.Tally:
-    """What is known of the stage in force. `counted` adds the admitted devices, which takes a look at the group.
-
-    Who has not decided yet is waited for, unless it never said a word and is offline since before the stage began:
-    it cannot know. Who went silent later is waited for, until it times out: the release may be why. A failure that is
-    to be tried again is not decided either.
-    """
-    counts, pending = outcome_counts(rollout), to_be_retried(rollout)
-    committed, failed = counts[COMMITTED], max(counts[FAILED] - pending - rollout.forgiven, 0)
-    if not counted:
-        return policy.Tally(committed=committed, failed=failed)
-    said = dict(Outcome.objects.filter(rollout=rollout).values_list("device_id", "state"))
-    horizon = min(rollout.stage_since or offline_before(), offline_before())
-    undecided = sum(
-        said.get(device.pk, UPDATING) not in {COMMITTED, FAILED} and (device.pk in said or _seen_since(device, horizon))
-        for device in assigned_devices(rollout)
-    )
-    return policy.Tally(committed=committed, failed=failed, admitted=committed + failed + undecided + pending)
 
 
 def to_be_retried(rollout: Rollout) -> int:
@@ -213,31 +183,22 @@ def to_be_retried(rollout: Rollout) -> int:
     return Outcome.objects.filter(rollout=rollout, state=FAILED, retry_at__isnull=False).count()
 
 
-def assigned_devices(rollout: Rollout) -> Iterator[Device]:
-    """Active devices that should run the release because of this rollout, by the policy itself."""
-    return assigned_among(rollout, list(members(rollout.group)))
-
-
-def assigned_among(rollout: Rollout, devices: Sequence[Device]) -> Iterator[Device]:
-    """Those of some devices, see `assigned_devices`."""
+def assigned_among(rollout: Rollout, devices: Iterable[Device]) -> Iterator[Device]:
+    """Those of some devices that should run the release because of this rollout, by the policy itself."""
     model = rollout.release.model.name
     snapshot = snapshots.current()
-    for device, facts in _all_facts(devices):
+    for device, facts in all_facts(devices):
         if model in facts.models and policy.desired(snapshot, facts)[model].rollout == str(rollout.pk):
             yield device
 
 
-def _all_facts(devices: Sequence[Device]) -> Iterator[tuple[Device, policy.DeviceFacts]]:
-    failures = Outcome.objects.filter(state=FAILED, rollout__state__in=policy.IN_FORCE)
-    pinned, failed = _pinned(devices), defaultdict(set)
-    for device_id, rollout_id in failures.values_list("device_id", "rollout_id"):
-        failed[device_id].add(rollout_id)
-    for device in devices:
-        yield device, _facts(device, failed=frozenset(failed[device.pk]), pinned=pinned)
-
-
-def _seen_since(device: Device, moment: datetime) -> bool:
-    return device.last_seen is not None and device.last_seen >= moment
+def all_facts(devices: Iterable[Device]) -> Iterator[tuple[Device, policy.DeviceFacts]]:
+    """What the policy wants to know of each, some at a time: memory does not grow with the devices."""
+    remaining = iter(devices)
+    while some := list(islice(remaining, AT_ONCE)):
+        pinned, failed = _pinned(some), failures([device.pk for device in some])
+        for device in some:
+            yield device, _facts(device, failed=failed.get(device.pk, frozenset()), pinned=pinned)
 
 
 # --- who lags, and why -------------------------------------------------------------------------------------------
@@ -260,46 +221,25 @@ class Laggard:
     since: datetime | None = None
 
 
-def laggards(model: str | None = None) -> Iterator[Laggard]:
-    """Every active device that runs something else than the newest rollout in force for its group would give it."""
-    snapshot = snapshots.current()
-    statuses = {(status.device_id, status.model): status for status in ModelStatus.objects.all()}
-    horizon = offline_before()
-    for device, facts in _all_facts(list(members(None))):
-        for name in facts.models if model is None else {model} & set(facts.models):
-            rollout = _newest_for(snapshot, facts, name)
-            if rollout and not policy.runs_release(facts, rollout.release):
-                yield _explain(device, facts, rollout, statuses.get((device.pk, name)), horizon)
+def laggards(model: str | None = None, *, among: Iterable[Device] | None = None) -> Iterator[Laggard]:
+    """Every active device that runs something else than the newest rollout in force for its group would give it.
 
-
-@dataclass(frozen=True, slots=True)
-class Survey:
-    """`progress` by the rollout's key."""
-
-    progress: Mapping[int, Progress]
-    laggards: Sequence[Laggard]
-
-
-def survey(rollouts: Sequence[Rollout]) -> Survey:
-    """`progress` of several rollouts and all `laggards` by one look at the fleet: for pages that show them together."""
+    `among`: only of these. Of a large fleet see `counting.survey` first.
+    """
     snapshot, horizon = snapshots.current(), offline_before()
-    statuses = {(status.device_id, status.model): status for status in ModelStatus.objects.all()}
-    meant = [rules for rollout in rollouts if (rules := snapshots.rules_of(rollout))]
-    assigned, totals, behind = defaultdict[str, set[int]](set), Counter[int](), []
-    for device, facts in _all_facts(list(members(None))):
-        for assignment in policy.desired(snapshot, facts).values():
-            assigned[assignment.rollout].add(device.pk)
-        totals.update(rules.id for rules in meant if _is_of(rules, facts))
-        for model in facts.models:
-            newest = _newest_for(snapshot, facts, model)
-            if newest and not policy.runs_release(facts, newest.release):
-                behind.append(_explain(device, facts, newest, statuses.get((device.pk, model)), horizon))
-    progress = {row.pk: _progress(row, totals[row.pk], assigned[str(row.pk)]) for row in rollouts}
-    return Survey(progress, behind)
+    remaining = all_facts(members(None) if among is None else among)
+    while some := list(islice(remaining, AT_ONCE)):
+        statuses = _statuses([device.pk for device, _ in some])
+        for device, facts in some:
+            for name in facts.models if model is None else {model} & set(facts.models):
+                rollout = _newest_for(snapshot, facts, name)
+                if rollout and not policy.runs_release(facts, rollout.release):
+                    yield _explain(device, facts, rollout, statuses.get((device.pk, name)), horizon)
 
 
-def _is_of(rollout: policy.RolloutRules, facts: policy.DeviceFacts) -> bool:
-    return rollout.release.model in facts.models and policy.targets(rollout, facts.labels, facts.name)
+def _statuses(devices: Sequence[int]) -> dict[tuple[int, str], ModelStatus]:
+    rows = ModelStatus.objects.filter(device__in=devices)
+    return {(status.device_id, status.model): status for status in rows}
 
 
 # --- who still runs what was taken back --------------------------------------------------------------------------
@@ -314,13 +254,24 @@ def still_running(release: Release) -> Iterator[Laggard]:
     """
     snapshot, horizon, model = snapshots.current(), offline_before(), release.model.name
     ref = policy.ReleaseRef(model, release.version, {})
-    statuses = {status.device_id: status for status in ModelStatus.objects.filter(model=model)}
-    for device, facts in _all_facts(list(members(None))):
-        if policy.runs_release(facts, ref) and model in facts.models:
-            assignment = policy.desired(snapshot, facts)[model]
-            why, detail, since = _why_still(device, assignment, statuses.get(device.pk), horizon, release.revoked_at)
+    running = Device.objects.filter(state=Device.State.ACTIVE, runs__in=sets_with(ref)).select_related("runs")
+    remaining = all_facts(running.iterator(chunk_size=AT_ONCE))
+    while some := list(islice(remaining, AT_ONCE)):
+        statuses = _statuses([device.pk for device, _ in some])
+        for device, facts in some:
+            if model not in facts.models:
+                continue
+            assignment, status = policy.desired(snapshot, facts)[model], statuses.get((device.pk, model))
+            why, detail, since = _why_still(device, assignment, status, horizon, release.revoked_at)
             target = assignment.release.version if assignment.release else ""
             yield Laggard(device, model, release.version, target, why, detail, since)
+
+
+def sets_with(release: policy.ReleaseRef) -> list[int]:
+    """Running sets that hold some variant of it."""
+    start = f"{release.version}/"
+    found = RunningSet.objects.values_list("pk", "runs")
+    return [pk for pk, runs in found if runs.get(release.model, "").startswith(start)]
 
 
 def _why_still(

@@ -11,12 +11,10 @@ from django.contrib.auth.models import User
 from django.db import transaction
 from django.utils import timezone
 
-from device_sdk.protocol import events as wire
 from device_sdk.protocol.assignment import MAX_HOLD
 from fleet.audit import services as audit
 from fleet.devices import services as devices
-from fleet.devices.models import Device, Group, ModelStatus
-from fleet.devices.selectors import version_of
+from fleet.devices.models import Device, Group
 from fleet.errors import Conflict, Invalid
 from fleet.releases import selectors as releases
 from fleet.releases.deltas import services as deltas
@@ -34,6 +32,8 @@ from fleet.rollouts import (
     targeting,
     throttle,
 )
+from fleet.rollouts.counting import starting
+from fleet.rollouts.counting.tallies import Tallies
 from fleet.rollouts.engine_clock import Moment
 from fleet.rollouts.models import Outcome, Rollout, RolloutAction, Stage
 from fleet.rollouts.reports import note_events, wake_engine
@@ -75,7 +75,6 @@ TRANSITIONS = {
 }
 ENDED = {State.HALTED, State.CANCELLED, State.COMPLETED}
 OVER = {State.CANCELLED, State.COMPLETED}
-SALTS_TRIED = 64
 
 logger = structlog.get_logger(__name__)
 
@@ -176,12 +175,12 @@ def is_early(rollout: Rollout) -> bool:
 @transaction.atomic
 def begin(row: Rollout, actor: User | str, comment: str) -> Rollout:
     """To running, by whoever's word that is."""
-    now = timezone.now()
+    now, who = timezone.now(), starting.members(row)
     kept = {"stage_lost": engine_clock.lost(), "reach": throttle.beginning(row), "reach_at": None}
     since = {"started_at": now, "stage_since": now, "evidence_since": now}
-    moved = move(row, START, actor, comment, salt=_fair_salt(row), **since, **kept)
+    moved = move(row, START, actor, comment, salt=starting.fair_salt(row, who), **since, **kept)
     Stage.objects.filter(rollout=moved, index=0).update(entered_at=now)
-    _credit_those_who_run_it(moved)
+    starting.credit_those_who_run_it(moved, who)
     if deltas.order(release=row.release):  # devices may run something else than when it was published
         deltas.wake()
     return moved
@@ -250,8 +249,10 @@ def tick() -> None:
     _unless_it_fails("begin_due", _begin_due, moment)
     _unless_it_fails("look_after_devices", attempts.look_after, moment)
     running = Rollout.objects.filter(state=State.RUNNING).select_related("release__model", "group", "exclude_group")
-    for rollout in running.prefetch_related("stages__ring"):
-        _unless_it_fails("rollout_step", _step, rollout, moment)
+    rows = sorted(running.prefetch_related("stages__ring"), key=Tallies.turn)
+    tallies = Tallies(rows)
+    for rollout in rows:
+        _unless_it_fails("rollout_step", _step, rollout, tallies, moment)
 
 
 def _unless_it_fails(what: str, act: Callable[..., object], *subject: object) -> None:
@@ -278,13 +279,11 @@ def _begin_by_itself(rollout: Rollout) -> None:
         logger.info("rollout_moved_meanwhile", rollout=rollout.pk)
 
 
-def _step(rollout: Rollout, moment: Moment) -> None:
+def _step(rollout: Rollout, tallies: Tallies, moment: Moment) -> None:
     rules, now = replace(_stage_rules(rollout), since=engine_clock.counted_since(rollout, moment)), moment.now
     throttle.widen(rollout, rules.percent, now)
     asked = evidence.ask(rollout, now)
-    quick = selectors.tally(rollout, counted=False)
-    worthwhile = policy.enough_reports(rules, quick, now)
-    decision = policy.next_step(rules, selectors.tally(rollout, counted=True) if worthwhile else quick, now)
+    decision = policy.next_step(rules, tallies.of(rollout, rules, now), now)
     try:
         judged = guards.before_success(asked, rollout.on_failure, decision)
         _apply(rollout, _held_back(judged, rollout, rules.percent), now)
@@ -407,39 +406,3 @@ def name_of(actor: User | str) -> str:
 def check_release(release: Release) -> None:
     if release.state != Release.State.VALID:
         raise Invalid("release_not_valid", f"{releases.standing(release)}; only a valid release can be rolled out")
-
-
-def _fair_salt(rollout: Rollout) -> str:
-    """A salt by which every stage gets the reports that it asks for, where the group is large enough for that.
-
-    Ten percent of eight devices is often nobody, and half of them now and then one: such a stage would wait for ever.
-    """
-    model = rollout.release.model.name
-    names = [row.name for row in targeting.devices(rollout) if model in row.model_names and not row.pins]
-    salts = [rollout.salt, *(token_hex(16) for _ in range(SALTS_TRIED))] if len(names) < 1_000 else [rollout.salt]
-    asked = [(stage.percent, min(stage.min_reports, len(names))) for stage in rollout.stages.filter(ring=None)]
-
-    def is_fair(salt: str) -> bool:
-        return all(sum(policy.in_cohort(salt, name, percent) for name in names) >= enough for percent, enough in asked)
-
-    return next(filter(is_fair, salts), rollout.salt)
-
-
-def _credit_those_who_run_it(rollout: Rollout) -> None:
-    """Devices that committed this release before have nothing left to report: they count from the start."""
-    model, version = rollout.release.model.name, rollout.release.version
-    in_trial = set(
-        ModelStatus.objects.filter(model=model, state__in=[wire.ACTIVATING, wire.PROBATION]).values_list(
-            "device_id", flat=True
-        )
-    )
-    running = [
-        device
-        for device in targeting.devices(rollout).select_related("runs")
-        if device.runs and version_of(device.runs.runs.get(model, "")) == version
-        if device.pk not in in_trial and model not in device.pins
-    ]
-    ran = "ran it before the rollout"
-    Outcome.objects.bulk_create(
-        [Outcome(rollout=rollout, device=device, state=Outcome.State.COMMITTED, reason=ran) for device in running]
-    )

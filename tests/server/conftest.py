@@ -6,6 +6,7 @@ from django.core.cache import cache
 from fleet.accounts import limits
 from fleet.devices import seen
 from fleet.rollouts import snapshots
+from fleet.rollouts.counting import admission, tallies
 from tests.registry import own_folder, registry  # noqa: F401
 from tests.server.batch_world import feedback_world, local_objects  # noqa: F401
 
@@ -17,4 +18,6 @@ def nothing_kept_in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(seen, "_buffer", seen.SeenBuffer())
     monkeypatch.setattr(seen.Flusher, "ensure", lambda self: None)
     monkeypatch.setattr(snapshots, "_kept", None)
+    monkeypatch.setattr(tallies.Tallies, "_kept", {})
+    monkeypatch.setattr(admission, "_cohorts", admission.Cohorts())
     limits.forget_all()

@@ -8,10 +8,11 @@ from django.test import Client
 
 from device_sdk.protocol import events
 from fleet.releases.models import Release
-from fleet.rollouts import policy, selectors, services, snapshots
+from fleet.rollouts import policy, services, snapshots
 from fleet.rollouts.models import Rollout, Sheet
 from fleet.rollouts.services import StagePlan
 from tests.fleet_world import MODEL, Caller, completed, devices, event, release, running
+from tests.server import slow_counts
 
 GUARDS: Mapping[str, Any] = {"errors": {}, "false_alarm": 0.3, "devices": 1}  # so lax that few devices can show it
 OLD_LOAD, NEW_LOAD = "0000000a", "0000000b"
@@ -46,7 +47,7 @@ class GuardedFleet:
         self.rollout = _halved(self.rollout, [entry.name for entry in made])
         for caller in self.callers:  # each has run the old release for a while
             self.health(caller, self.old, numbers(OLD_LOAD, 1_000, 5))
-        exposed = {entry.pk for entry in selectors.assigned_devices(self.rollout)}
+        exposed = {entry.pk for entry in slow_counts.assigned(self.rollout)}
         self.exposed = [caller for caller in self.callers if caller.device.pk in exposed]
         self.others = [caller for caller in self.callers if caller.device.pk not in exposed]
 

@@ -57,6 +57,12 @@ def rollout_card(rollout: Rollout) -> selectors.RolloutCard:
 
 
 @register.filter
+def count(number: int) -> str:
+    """`1,000,000`: nobody counts digits."""
+    return f"{number:,}"
+
+
+@register.filter
 def words(value: str) -> str:
     """`rolled_back` as people say it, with a capital."""
     return value.replace("_", " ").replace("-", " ").capitalize()

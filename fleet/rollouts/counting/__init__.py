@@ -1,0 +1,1 @@
+"""How many devices: counts over the whole fleet without an object per device."""
