@@ -9,6 +9,7 @@ from django.utils import timezone
 from device_sdk.protocol.cohorts import COHORTS
 from fleet.devices.models import Device
 from fleet.errors import Invalid
+from fleet.operations.metrics import FleetCollector
 from fleet.releases.models import Release
 from fleet.rollouts import attempts, engine_clock, forecast, limits, objective, retries, selectors, services, throttle
 from fleet.rollouts.forecast import Adoption, Objective
@@ -396,6 +397,8 @@ def test_a_rollout_is_compared_with_its_aim_from_what_devices_reported(clock: Cl
     report("committed", rollout, *fleet[:12])
     found = objective.of(fresh(rollout))
     assert (found.verdict, found.reached) == ("likely", 60.0)
+    course = next(each for each in FleetCollector().collect() if each.name == "fleet_rollout_on_course")
+    assert [(each.labels, each.value) for each in course.samples] == [({"rollout": str(rollout.pk)}, 1.0)]
     report("committed", rollout, *fleet[12:18])
     assert objective.of(fresh(rollout)).verdict == "met"
     assert objective.of(running(release("2.0.0"))) is None
