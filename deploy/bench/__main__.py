@@ -10,11 +10,28 @@ from pathlib import Path
 
 from rich.console import Console
 
-from deploy.bench import delta, footprint, guards, poll, report, server, signing, store, swap, wire, wrapper
+from deploy.bench import (
+    delta,
+    footprint,
+    guards,
+    plateau,
+    poll,
+    report,
+    server,
+    signing,
+    startup,
+    store,
+    swap,
+    wire,
+    wrapper,
+)
 from deploy.bench.measure import FULL, TINY, Scale, Section
 
 RESULTS = Path(__file__).with_name("RESULTS.md")
-OF_DEVICES = {"wrapper": wrapper, "swap": swap, "store": store, "memory": footprint, "delta": delta, "guards": guards}
+OF_DEVICES = {
+    "wrapper": wrapper, "swap": swap, "plateau": plateau, "startup": startup, "store": store, "memory": footprint,
+    "delta": delta, "guards": guards,
+}  # fmt: skip
 OF_SERVERS = {"poll": poll, "signing": signing, "wire": wire}
 NAMES = (*OF_DEVICES, *OF_SERVERS)
 

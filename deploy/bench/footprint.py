@@ -3,6 +3,7 @@
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 
 from securesystemslib.signer import CryptoSigner
@@ -40,7 +41,7 @@ fleet.model("bench").run({{"x": numpy.zeros((1, 4), numpy.float32)}})
 def measure(folder: Path, _scale: Scale) -> Section:
     model = folder / "model.onnx"
     model.write_bytes(models.small())
-    home = _home(folder / "home")
+    home = home_with(folder / "home", {"model.onnx": models.small()})
     programs = {
         "nothing": _NOTHING, "numpy": _NUMPY, "sdk": _SDK,
         "bare": _BARE.format(model=str(model)), "fleet": _FLEET.format(home=str(home)),
@@ -60,7 +61,7 @@ def _resident(code: str) -> float:
     return float(done.stdout)
 
 
-def _home(folder: Path) -> Path:
+def home_with(folder: Path, files: Mapping[str, bytes]) -> Path:
     """An enrolled device with a release, as it stands on disk between two polls."""
     home = Home(folder)
     home.make()
@@ -76,7 +77,7 @@ def _home(folder: Path) -> Path:
     home.provision_file.write_bytes(provision.to_bytes())
     home.identity_file.write_bytes(Identity("bench", "0" * 32, "credential").to_bytes())
     store = Store(home.store)
-    sha, _ = models.put(store, "1.0.0", {"model.onnx": models.small()})
+    sha, _ = models.put(store, "1.0.0", files)
     store.begin_trial(models.MODEL, sha)
     store.commit(models.MODEL)
     return folder

@@ -35,9 +35,12 @@ class Row:
 
 @dataclass(frozen=True, slots=True)
 class Section:
+    """`beside`: a second table, its head first: what others do, in words of its own."""
+
     title: str
     rows: Sequence[Row]
     notes: Sequence[str] = ()
+    beside: Sequence[tuple[str, ...]] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,11 +53,14 @@ class Scale:
     swaps: int
     layer: int  # width of the hot-swapped model; its bytes are about 8 times the square
     switches: int
+    hundred: int  # swaps in a row
     devices: int  # of the large fleet
 
 
-FULL = Scale(rounds=41, calls=2_000, requests=30, swaps=12, layer=2_048, switches=200, devices=1_000_000)
-TINY = Scale(rounds=1, calls=20, requests=2, swaps=1, layer=64, switches=2, devices=50)
+FULL = Scale(
+    rounds=41, calls=2_000, requests=30, swaps=12, layer=2_048, switches=200, hundred=100, devices=1_000_000
+)  # fmt: skip
+TINY = Scale(rounds=1, calls=20, requests=2, swaps=1, layer=64, switches=2, hundred=4, devices=50)
 
 
 def interleaved(

@@ -21,6 +21,12 @@ def show(console: Console, section: Section) -> None:
     for row in section.rows:
         table.add_row(*(cell.replace("**", "") for cell in _cells(row)), style="red" if row.met is False else "")
     console.print(table)
+    if section.beside:
+        head, *lines = section.beside
+        others = Table(*head)
+        for line in lines:
+            others.add_row(*line)
+        console.print(others)
 
 
 def page(sections: Sequence[Section]) -> str:
@@ -59,8 +65,16 @@ def _section(section: Section) -> list[str]:
         f"| {' | '.join(COLUMNS)} |",
         "|---|--:|--:|---|--:|---|---|",
         *(f"| {' | '.join(_cells(row))} |" for row in section.rows),
+        *_beside(section.beside),
         *(line for note in section.notes for line in ("", note)),
     ]
+
+
+def _beside(table: Sequence[tuple[str, ...]]) -> list[str]:
+    if not table:
+        return []
+    head, *lines = (f"| {' | '.join(line)} |" for line in table)
+    return ["", head, "|---" * len(table[0]) + "|", *lines]
 
 
 def _cells(row: Row) -> list[str]:

@@ -26,25 +26,18 @@ from fleet.devices.models import Device
 from fleet.feedback.models import Batch
 from fleet.notices.models import Delivery
 from fleet.releases.models import Release
-<<<<<<< ours
 from fleet.rollouts import evidence as guard_evidence
-from fleet.rollouts.models import GuardReading, Rollout
-=======
 from fleet.rollouts import forecast, objective
-from fleet.rollouts.models import Rollout
->>>>>>> theirs
+from fleet.rollouts.models import GuardReading, Rollout
 from fleet.trust import selectors as trust
 from fleet.trust import standing
 from fleet.trust.models import RoleMetadata
 
 PERMISSION = "devices.view_device"
-<<<<<<< ours
 Values = Mapping[tuple[str, ...], float]
-=======
 IN_FORCE = (Rollout.State.RUNNING, Rollout.State.PAUSED)
 AIMS = 20  # rollouts whose objective is looked at: each takes a look at its group
 ON_COURSE = {forecast.MET: 1.0, forecast.LIKELY: 1.0, forecast.MISSED: 0.0, forecast.UNLIKELY: 0.0}
->>>>>>> theirs
 SEEN_POLLS = 3  # a device counts as online when it was seen within so many poll intervals
 
 
@@ -84,18 +77,15 @@ class FleetCollector(Collector):
         yield _gauge("fleet_devices_online", "Active devices seen lately", {(): _online()})
         yield _by_state("fleet_releases", "Releases by state", Release.objects.all())
         yield _by_state("fleet_rollouts", "Rollouts by state", Rollout.objects.all())
-<<<<<<< ours
         evidence, bounds = _guards()
         yield _gauge("fleet_guard_evidence", "Evidence against running rollouts, base 10 log", evidence, LABELS)
         yield _gauge("fleet_guard_bound", "Evidence at which a guard halts, base 10 log", bounds, LABELS)
-=======
         aims = _aims()
         yield _gauge("fleet_rollout_reached_percent", "Of the group, of rollouts with an objective", aims[0], "rollout")
         yield _gauge("fleet_rollout_objective_percent", "What is aimed at", aims[1], "rollout")
         # 1 met or likely, 0 missed or unlikely; left out where it cannot be said.
         yield _gauge("fleet_rollout_on_course", "Whether the objective will be met", aims[2], "rollout")
         yield _by_state("fleet_deliveries", "Notices by state", Delivery.objects.all())
->>>>>>> theirs
         yield _by_state("fleet_batches", "Batches of samples by state", Batch.objects.all())
         head = audit.head()
         # A hash pinned by monitoring outside shows a trail that was cut or written anew: `audit verify --head`.

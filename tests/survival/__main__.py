@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table as RichTable
 
-from tests.survival import field, store, week
+from tests.survival import field, store, swaps, week
 from tests.survival.outcome import Step, Table
 
 Section = Callable[[Path, Step], Iterator[Table]]
@@ -19,6 +19,7 @@ SECTIONS: dict[str, tuple[Section, str]] = {
     "store": (store.tables, "the store, killed, cut off and failing at each of its file operations"),
     "field": (field.tables, "a device before the real server: the network's faults, its own, and its sudden ends"),
     "week": (week.tables, "a week of virtual time"),
+    "swaps": (swaps.tables, "a hundred swaps under load"),
 }
 WIDTH = 170  # where the output is no terminal
 
