@@ -38,9 +38,11 @@ class Binding:
             raise slot.nothing(self._name)
         try:
             return self._run(slot, loaded, run_options)
-        except (InputError, ModelError) as failure:
+        except (InputError, ModelError) as error:
+            failure = error.with_traceback(None)
+            failure.__context__ = None
             del loaded, slot  # an error that is kept must not keep the release in memory
-            raise failure.with_traceback(None) from None
+        raise failure
 
     def _run(self, slot: "Slot", loaded: "Loaded", run_options: Any) -> dict[str, Any]:
         io, cell = loaded.bound.get(self) or self._bind(slot, loaded), loaded.stats.cell()

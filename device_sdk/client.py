@@ -17,6 +17,7 @@ from device_sdk import __version__, abilities
 from device_sdk.assembly import Bringer, make_parts
 from device_sdk.config import Home, Identity, Provision, setup_errors
 from device_sdk.counts import Counts
+from device_sdk.deferred import Deferred
 from device_sdk.errors import DeviceError, SetupError
 from device_sdk.following import Following
 from device_sdk.holds import Hold, Holds
@@ -33,9 +34,8 @@ from device_sdk.protocol.names import check_model, check_name
 from device_sdk.runtime import end_plainly
 from device_sdk.slot import Slot
 from device_sdk.spool import Spool
+from device_sdk.standing import recall, remember
 from device_sdk.store import Store
-from device_sdk.transport import Transport
-from device_sdk.trust import Trust, View
 from device_sdk.updater import State
 from device_sdk.uploader import Report, Uploader
 from device_sdk.worker import Context, Loop, Settings, Worker
@@ -78,9 +78,7 @@ class Fleet:
         self._restored: set[str] = set()
         self._board = Board(home.peers)
         self._journal = Journal(home.path / "progress.json", None, now=options.clock.now)
-        self._transport = options.transport or Transport(
-            provision.server, provision.blob_hosts, self._identity.credential, stall_seconds=options.stall_seconds
-        )
+        self._transport = options.transport or Deferred(self._make_transport)
         address = provision.mirror if options.mirror is None else options.mirror
         self._mirror = open_mirror(address, stall_seconds=options.stall_seconds) if address else None
         self._store = Store(home.store)
@@ -245,10 +243,7 @@ class Fleet:
 
     def _make_worker(self) -> Worker:
         parts, options = self._parts, self._options
-        provision, device = self._provision, self._identity.device
-        trust = Trust(
-            self._home.trust, device, provision.models, provision.root.encode(), clock_floor=provision.clock_floor
-        )
+        device, trust = self._identity.device, Deferred(self._make_trust)
         spool = Spool(
             self._home.spool, device=device, max_bytes=options.spool_bytes, max_samples=options.spool_samples,
             redact=options.redact,
@@ -259,20 +254,34 @@ class Fleet:
             trust=trust, outbox=self._outbox,
             journal=self._journal, installers=self._installers, clock=options.clock, on_change=self._tell_peers,
             on_settled=lambda: self._hooks.tell(self._store), missed=self._board.take_drops,
+            on_obeyed=lambda view: remember(self._home.standing_file, self._home.view_file, view.assignments),
         )  # fmt: skip
         uploader = Uploader(self._transport, spool, device, second_of_day=options.clock.second_of_day)
         settings = Settings(options.poll_seconds, options.health_seconds, options.upload_seconds)
         worker = Worker(context, spool, uploader, settings)
         parts.wake = worker.wake
         parts.is_stale = worker.poller.is_stale
-        view: View | None = trust.view()
-        if view is not None:
-            worker.obey(view)
+        worker.take_up(recall(self._home.standing_file, self._home.view_file))
         return worker
+
+    def _make_transport(self) -> Any:
+        from device_sdk.transport import Transport
+
+        given, seconds = self._provision, self._options.stall_seconds
+        return Transport(given.server, given.blob_hosts, self._identity.credential, stall_seconds=seconds)
+
+    def _make_trust(self) -> Any:
+        from device_sdk.trust import Trust
+
+        given = self._provision
+        root = given.root.encode()
+        return Trust(self._home.trust, self._identity.device, given.models, root, clock_floor=given.clock_floor)
 
     def _tidy(self) -> None:
         """Free the disk of releases that nothing can fall back to. Those that are assigned stay, or keep coming."""
         latest = [installer.latest for installer in self._installers.values()]
+        if any(each and each.assignment.release and not each.manifest for each in latest):
+            return  # what is assigned is remembered, not read yet: what has come of it must stay
         self._store.collect_garbage(wanted=[each.manifest for each in latest if each and each.manifest])
 
     # Several processes

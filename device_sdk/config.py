@@ -120,6 +120,14 @@ class Home:
         return self.path / "ledger.json"
 
     @property
+    def standing_file(self) -> Path:
+        return self.path / "standing.json"
+
+    @property
+    def view_file(self) -> Path:
+        return self.trust / "view.json"
+
+    @property
     def peers(self) -> Path:
         return self.path / "peers"
 

@@ -75,8 +75,8 @@ class Counts:
 
 def bucket(nanoseconds: int) -> int:
     """Where a latency is counted: sixteen buckets to an octave."""
-    shift = max(nanoseconds.bit_length() - 5, 0)
-    return (shift << 4) + (nanoseconds >> shift)
+    shift = nanoseconds.bit_length() - 5
+    return (shift << 4) + (nanoseconds >> shift) if shift > 0 else nanoseconds
 
 
 def quantile(times: Tally, share: float) -> float:

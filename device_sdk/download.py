@@ -8,6 +8,7 @@ import re
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from device_sdk.errors import TransferError, UntrustedError
 from device_sdk.mirror import Mirror
@@ -17,7 +18,9 @@ from device_sdk.protocol.patches.offers import PatchOffer
 from device_sdk.protocol.polls import BLOBS
 from device_sdk.store import Store
 from device_sdk.traffic import BudgetError, Traffic
-from device_sdk.transport import StreamAnswer, Transport
+
+if TYPE_CHECKING:
+    from device_sdk.transport import StreamAnswer, Transport
 
 log = logging.getLogger("device_sdk")
 
@@ -51,7 +54,7 @@ class Fetched:
 
 
 def fetch(
-    transport: Transport,
+    transport: "Transport",
     store: Store,
     manifest: Manifest,
     *,
@@ -87,7 +90,7 @@ def fetch(
 class _Line:
     """What each file of one fetch has in common."""
 
-    transport: Transport
+    transport: "Transport"
     store: Store
     meter: "_Meter"
     ends: float
@@ -193,12 +196,12 @@ def _receive(line: _Line, file: FileEntry, start: int) -> None:
         _receive_from(line.transport, line, file, 0)
 
 
-def _receive_from(transport: Transport, line: _Line, file: FileEntry, start: int) -> None:
+def _receive_from(transport: "Transport", line: _Line, file: FileEntry, start: int) -> None:
     while start < file.length:
         start = _receive_slice(transport, line, file, start)
 
 
-def _receive_slice(transport: Transport, line: _Line, file: FileEntry, start: int) -> int:
+def _receive_slice(transport: "Transport", line: _Line, file: FileEntry, start: int) -> int:
     """As much as may come at once; where the next begins. UntrustedError: what has come is deleted."""
     end = start + line.traffic.slice(file.length - start)
     is_all = end == file.length
@@ -219,7 +222,7 @@ def _receive_slice(transport: Transport, line: _Line, file: FileEntry, start: in
         raise
 
 
-def _place(store: Store, file: FileEntry, answer: StreamAnswer, start: int, end: int) -> tuple[int, int]:
+def _place(store: Store, file: FileEntry, answer: "StreamAnswer", start: int, end: int) -> tuple[int, int]:
     """Where the answer's bytes belong. A 200 starts over; a 206 must be the range that was asked for."""
     if answer.status == 200:
         if start:
@@ -241,7 +244,7 @@ def _is_within(match: re.Match[str], start: int, end: int, length: int) -> bool:
     return int(match[1]) == start and int(match[2]) < end and match[3] in {str(length), "*"}
 
 
-def _write(line: _Line, file: FileEntry, answer: StreamAnswer, at: int, end: int) -> int:
+def _write(line: _Line, file: FileEntry, answer: "StreamAnswer", at: int, end: int) -> int:
     for chunk in answer.chunks:
         at += len(chunk)
         if at > end:

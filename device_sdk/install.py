@@ -186,7 +186,7 @@ class Installer:
         state = self._store.state(self.model)
         wanted = state.trial or state.active
         tried: set[str] = set()
-        while (sha := self._store.current(self.model, self._may_serve)) and sha not in tried:
+        while (sha := self._store.current(self.model, self._may_serve, unhashed=True)) and sha not in tried:
             tried.add(sha)
             if wanted and wanted not in tried and self._may_serve(wanted):
                 self._tell_damage(wanted)
@@ -254,7 +254,9 @@ class Installer:
         except StorageError as error:
             log.warning("%s: starts are not counted: %s", self.model, error)
         try:
-            self._serve(self._load(sha), on_trial=on_trial)
+            self._serve(self._load(sha, beside=True), on_trial=on_trial)
+        except UntrustedError:
+            self._tell_damage(sha)
         except DeviceError as error:
             log.error("%s: %s does not load: %s", self.model, sha, error)  # noqa: TRY400
             if on_trial and isinstance(error, ModelError):
@@ -841,8 +843,8 @@ class Installer:
 
     # Parts
 
-    def _load(self, sha: str, exam: Exam | None = None) -> Loaded:
-        with self._store.open(sha) as files:
+    def _load(self, sha: str, exam: Exam | None = None, *, beside: bool = False) -> Loaded:
+        with self._store.open(sha, beside=beside) as files:
             return self._make(sha, files, exam)
 
     def _make(self, sha: str, files: LoadedFiles, exam: Exam | None = None) -> Loaded:

@@ -7,12 +7,16 @@ nothing before they are hashed. It learns which files this device fetches; it ca
 import logging
 import time
 from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 from device_sdk.config import check_address
+from device_sdk.deferred import Deferred
 from device_sdk.errors import DeviceError, SetupError, TransferError, UntrustedError
 from device_sdk.protocol import limits
 from device_sdk.protocol.errors import ProtocolError
-from device_sdk.transport import Transport
+
+if TYPE_CHECKING:
+    from device_sdk.transport import Transport
 
 log = logging.getLogger("device_sdk")
 
@@ -29,13 +33,19 @@ def open_mirror(address: str, *, stall_seconds: float) -> "Mirror":
         check_address(address, "mirror")
     except ProtocolError as error:
         raise SetupError(error.message) from error
-    return Mirror(Transport(address, (), "", stall_seconds=min(stall_seconds, STALL_SECONDS), slowest=SLOWEST))
+
+    def make() -> Any:
+        from device_sdk.transport import Transport
+
+        return Transport(address, (), "", stall_seconds=min(stall_seconds, STALL_SECONDS), slowest=SLOWEST)
+
+    return Mirror(Deferred(make))  # type: ignore[arg-type]  # a Transport when it is used
 
 
 class Mirror:
     """One mirror, as this process knows it. One thread at a time."""
 
-    def __init__(self, transport: Transport, *, monotonic: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, transport: "Transport", *, monotonic: Callable[[], float] = time.monotonic) -> None:
         self.transport = transport
         self.on_bad: Callable[[UntrustedError], None] = lambda _: None
         self._monotonic = monotonic

@@ -12,7 +12,7 @@ import os
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from typing import BinaryIO, cast
+from typing import TYPE_CHECKING, BinaryIO, cast
 
 from device_sdk.errors import DeviceError, TransferError, UnauthorizedError, UntrustedError, is_retryable
 from device_sdk.protocol import limits
@@ -23,7 +23,9 @@ from device_sdk.protocol.patches.frames import MAX_FRAME, NOTHING
 from device_sdk.protocol.patches.offers import PatchOffer, parse_offers, patches_path
 from device_sdk.protocol.polls import BLOBS
 from device_sdk.store import Store
-from device_sdk.transport import Transport
+
+if TYPE_CHECKING:
+    from device_sdk.transport import Transport
 
 log = logging.getLogger("device_sdk")
 
@@ -43,7 +45,7 @@ class RefusedError(Exception):
 class Patcher:
     """Remembers for the process which patches were no good. One thread at a time."""
 
-    def __init__(self, transport: Transport, store: Store) -> None:
+    def __init__(self, transport: "Transport", store: Store) -> None:
         self._transport, self._store = transport, store
         self._given_up: set[str] = set()
         self._cuts: Counter[str] = Counter()

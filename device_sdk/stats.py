@@ -26,8 +26,8 @@ class Cell:
         self.thread = threading.get_ident()
 
     def took(self, nanoseconds: int) -> None:
-        index = bucket(nanoseconds)
-        self.times[index] = self.times.get(index, 0) + 1
+        index, times = bucket(nanoseconds), self.times
+        times[index] = times.get(index, 0) + 1
 
     def answered(self, kind: int, confidence: float) -> None:
         """One answer: the class on top, and its score."""

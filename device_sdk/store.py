@@ -24,7 +24,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from secrets import token_hex
-from threading import RLock
+from threading import RLock, Thread
 from typing import BinaryIO, Self
 
 from device_sdk.errors import ModelError, StorageError, UntrustedError
@@ -114,6 +114,7 @@ class LoadedFiles:
 
     As a context it raises UntrustedError `hash_mismatch` at its end if a file was touched since it was hashed: a
     runtime that reads from `entry_path` reads later than we hashed. What was loaded meanwhile must not be used.
+    `pending`: files that are still being hashed, beside the loading; that they are not what was signed is said there.
 
     `entry_bytes` are the very bytes that were hashed; None where the entry is large or refers to files beside it, and
     is to be loaded from `entry_path`.
@@ -127,12 +128,15 @@ class LoadedFiles:
     entry_bytes: bytes | None
     store: "Store"
     identities: Mapping[Path, tuple[int, ...]]  # of the files by path, taken before they were hashed
+    pending: "_Hashing | None" = None
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
         try:
+            if self.pending is not None:
+                self.pending.finish()
             if self.entry_bytes is None:
                 self.store.check_untouched(self)
         finally:
@@ -140,6 +144,27 @@ class LoadedFiles:
 
     def close(self) -> None:
         self.store.release_files(self.directory)
+
+
+class _Hashing:
+    """Files that are checked on a thread of their own. `finish` raises what it found."""
+
+    def __init__(self, check: Callable[[], None]) -> None:
+        self._check = check
+        self._error: Exception | None = None
+        self._thread = Thread(target=self._run, name="fleet-hash", daemon=True)
+        self._thread.start()
+
+    def _run(self) -> None:
+        try:
+            self._check()
+        except Exception as error:  # noqa: BLE001  raised where the files are let go of
+            self._error = error
+
+    def finish(self) -> None:
+        self._thread.join()
+        if self._error is not None:
+            raise self._error
 
 
 class Store:
@@ -258,15 +283,16 @@ class Store:
             self._ops.unlink(self._manifests / f"{check_sha256(sha)}.bad")
             self._ops.sync_directory(self._manifests)
 
-    def current(self, model: str, may: Callable[[str], bool] = lambda _: True) -> str | None:
+    def current(self, model: str, may: Callable[[str], bool] = lambda _: True, *, unhashed: bool = False) -> str | None:
         """What to run now: the trial, else active, else previous, else the newest manifest that is whole.
 
         `may` leaves out what trust lets run no more. Each candidate's files are hashed (once in this process, while the
         files stay as they are); rejected ones are passed over. None: nothing here can be run, fetch again.
+        `unhashed`: for someone who opens it next, which hashes its files anyway.
         """
         with self._lock:
             for sha in self._candidates(check_model(model)):
-                if may(sha) and not self.is_bad(sha) and self._is_sound(sha):
+                if may(sha) and not self.is_bad(sha) and (self.has(sha) if unhashed else self._is_sound(sha)):
                     return sha
             return None
 
@@ -396,8 +422,11 @@ class Store:
             self._ops.rename(path, self._blobs / sha)
             self._ops.sync_directory(self._blobs)
 
-    def open(self, sha: str) -> LoadedFiles:
+    def open(self, sha: str, *, beside: bool = False) -> LoadedFiles:
         """Hash every file of a release again and lay them out under their own names, in a fresh private directory.
+
+        `beside`: files other than the entry are hashed while they are loaded, which halves the time of a start. They
+        are weights: the runtime copies them, and parses only the entry. As a context only: its end waits for them.
 
         Raises UntrustedError `hash_mismatch` when a file was changed since it was admitted; that file is deleted, so
         that it is fetched again.
@@ -409,7 +438,7 @@ class Store:
                 self._ops.mkdir(directory)
                 self._open[directory] = _hold(directory)
                 try:
-                    return self._lay_out(sha, manifest, directory)
+                    return self._lay_out(sha, manifest, directory, beside=beside)
                 except BaseException:
                     self.release_files(directory)
                     raise
@@ -537,6 +566,11 @@ class Store:
             return False
         return True
 
+    def _check_blobs(self, files: Iterable[tuple[Path, FileEntry]]) -> None:
+        with _storage_errors("hash the files of a release"):
+            for path, file in files:
+                self._check_blob(path, file)
+
     def _check_blob(self, path: Path, file: FileEntry) -> None:
         found, size = self._hash(path)
         if (found, size) != (file.sha256, file.length):
@@ -548,10 +582,10 @@ class Store:
         self._ops.unlink(self._blobs / file.sha256)
         raise UntrustedError(f"{file.name}: expected sha256 {file.sha256}; the disk gave {found}", code="hash_mismatch")
 
-    def _lay_out(self, sha: str, manifest: Manifest, directory: Path) -> LoadedFiles:
+    def _lay_out(self, sha: str, manifest: Manifest, directory: Path, *, beside: bool) -> LoadedFiles:
         in_memory = len(manifest.files) == 1 and manifest.length <= ENTRY_BYTES_LIMIT
         entry_bytes: bytes | None = None
-        identities = {}
+        identities, later = {}, []
         for file in manifest.files:
             target = directory / file.name
             self._link(self._blobs / file.sha256, target)
@@ -560,6 +594,8 @@ class Store:
                 entry_bytes = self._read(target, file.length)
                 if digest(entry_bytes) != file.sha256:
                     self._drop(file, digest(entry_bytes))
+            elif beside and file.name != manifest.entry:
+                later.append((target, file))
             else:
                 self._check_blob(target, file)
         return LoadedFiles(
@@ -571,6 +607,7 @@ class Store:
             entry_bytes=entry_bytes,
             store=self,
             identities=identities,
+            pending=_Hashing(lambda: self._check_blobs(later)) if later else None,
         )
 
     def _link(self, source: Path, target: Path) -> None:

@@ -128,6 +128,7 @@ class Context:
     on_view: Callable[[Any], None] = lambda _: None
     on_change: Callable[[], None] = lambda: None  # after each look at a model: the other processes follow
     on_settled: Callable[[], None] = lambda: None  # after a look at all models, outside of every lock
+    on_obeyed: Callable[[Any], None] = lambda _: None  # a view that trust has verified is carried out from now on
     missed: Callable[[], Mapping[str, int]] = dict  # samples that the other processes did not keep
 
     def runs(self) -> dict[str, str]:
@@ -351,6 +352,7 @@ class Worker:
         self._install_loop = Loop("fleet-install", self._install_step)
         self._upload_loop = Loop("fleet-upload", self._upload_step)
         self._is_running = False
+        self._is_unverified = False
         context.on_view = self.obey
         context.journal.on_event = self._wake_reporter
         for model, installer in context.installers.items():
@@ -381,8 +383,31 @@ class Worker:
         """A call went wrong or the view changed: look at the models now."""
         self._install_loop.wake()
 
+    def take_up(self, standing: Any) -> None:
+        """Go on as an earlier process did, by what it remembered of the view; without that, verify the view now."""
+        self._is_unverified = True
+        if standing is None:
+            self._verify()
+        else:
+            self._hand_out(standing)
+
+    def _verify(self) -> None:
+        """Before anything is installed: the view itself, from disk, signatures and all."""
+        self._is_unverified = False
+        view = self._it.trust.view()
+        if view is not None:
+            self.obey(view)
+            return
+        for installer in self._it.installers.values():
+            installer.latest = None
+
     def obey(self, view: Any) -> None:
-        """Hand a view to those who carry it out."""
+        """Hand a view that trust has verified to those who carry it out."""
+        self._is_unverified = False
+        self._hand_out(view)
+        self._it.on_obeyed(view)
+
+    def _hand_out(self, view: Any) -> None:
         for model, installer in self._it.installers.items():
             verified = view.assignments.get(model)
             installer.latest = verified
@@ -404,6 +429,8 @@ class Worker:
         """Let each model do what it can now. One that fails unexpectedly does not hold up the others."""
         waits: list[float] = []
         with self._installing:
+            if self._is_unverified:
+                self._verify()
             for model, installer in self._it.installers.items():
                 try:
                     wait = installer.pursue()

@@ -63,6 +63,15 @@ def _resident(code: str) -> float:
 
 def home_with(folder: Path, files: Mapping[str, bytes]) -> Path:
     """An enrolled device with a release, as it stands on disk between two polls."""
+    store = Store(make_home(folder).store)
+    sha, _ = models.put(store, "1.0.0", files)
+    store.begin_trial(models.MODEL, sha)
+    store.commit(models.MODEL)
+    return folder
+
+
+def make_home(folder: Path) -> Home:
+    """An enrolled device."""
     home = Home(folder)
     home.make()
     root = Root(1, consistent_snapshot=True)
@@ -76,8 +85,4 @@ def home_with(folder: Path, files: Mapping[str, bytes]) -> Path:
     )
     home.provision_file.write_bytes(provision.to_bytes())
     home.identity_file.write_bytes(Identity("bench", "0" * 32, "credential").to_bytes())
-    store = Store(home.store)
-    sha, _ = models.put(store, "1.0.0", files)
-    store.begin_trial(models.MODEL, sha)
-    store.commit(models.MODEL)
-    return folder
+    return home

@@ -34,7 +34,7 @@ def measure(folder: Path, scale: Scale) -> Section:
     raw = spent.pop(RAW)
     return Section("model.run() over session.run", [_row(name, us, raw) for name, us in spent.items()], [
         "CPU of the calling thread, on a model of four multiplications: the worst case for a wrapper.",
-        "Committed: one call in 16 is timed and its outputs looked at. Probation: every call is.",
+        "Committed: one call in 32 is timed and its outputs looked at. Probation: every call is.",
         "Sampling: what the caller pays for the copy; the spool writes on a thread of its own.",
     ])  # fmt: skip
 

@@ -27,7 +27,7 @@ def world(tmp_path):
 @pytest.fixture
 def over_wire(world, monkeypatch):
     """Commands make their own transport: let it be the server in memory."""
-    for module in ("client", "enrolment"):
+    for module in ("transport", "enrolment"):
         monkeypatch.setattr(f"device_sdk.{module}.Transport", lambda *_, **__: world.server)
     return world
 

@@ -1,0 +1,127 @@
+"""A start without a network: quick, and no less careful about what it serves."""
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import onnx
+import pytest
+
+from device_sdk.protocol.assignment import Assignment
+from device_sdk.protocol.manifest import FileEntry, digest
+from device_sdk.protocol.names import ReleasePath
+from tests.sdk.world import QUICK, World, X, answer, graph, helper, manifest_of, prove, scaling
+
+OLD, NEW = "detector/1.0.0/default", "detector/2.0.0/default"
+PROGRAM = """
+import json, sys
+import numpy as np
+from device_sdk import Fleet
+fleet = Fleet.open(sys.argv[1])
+outputs = fleet.model("detector").run({"x": np.ones((1, 4), np.float32)})
+roots = {name.partition(".")[0] for name in sys.modules}
+print(json.dumps([float(outputs["y"][0, 0]), sorted(roots & {"tuf", "securesystemslib", "requests", "cryptography"})]))
+"""
+
+
+@pytest.fixture
+def world(tmp_path):
+    return World(tmp_path / "device")
+
+
+def test_start_serves_before_it_loads_what_only_a_network_needs(world):
+    world.committed(OLD, scaling(3)).stop()
+    done = subprocess.run([sys.executable, "-c", PROGRAM, str(world.path)], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout) == [3.0, []]
+
+
+def test_view_that_is_remembered_says_what_must_not_be_served(world):
+    with world.committed(OLD, scaling(1)) as fleet:
+        new = world.server.publish(NEW, scaling(2))
+        world.server.assign(new)
+        fleet.update_once()
+        prove(fleet)
+        world.server.simulator.withdraw(NEW)
+        world.server.assign(None)
+        fleet._worker.poller.poll()  # it hears of it, and is killed before it does anything about it
+        fleet._store.begin_trial("detector", fleet._store.state("detector").previous)
+    with world.open() as fleet:
+        assert answer(fleet) == 1.0
+        assert fleet._worker._is_unverified
+
+
+def test_remembered_view_installs_nothing_before_the_view_itself_is_verified(world):
+    world.committed(OLD, scaling(1)).stop()
+    bad = manifest_of(NEW, scaling(2))
+    path = world.path / "standing.json"
+    standing = json.loads(path.read_text())
+    forged = Assignment("detector", bad.path, len(bad.to_bytes()), digest(bad.to_bytes()), probation=QUICK)
+    standing["models"]["detector"] = {
+        "length": forged.length, "sha256": forged.sha256, "custom": forged.to_custom(), "listed": [forged.sha256],
+    }  # fmt: skip
+    path.write_text(json.dumps(standing))
+    world.server.simulator.blobs[bad.files[0].sha256] = scaling(2)
+    with world.open() as fleet:
+        assert answer(fleet) == 1.0
+        fleet._worker.install()
+        assert answer(fleet) == 1.0
+        assert fleet._installers["detector"].latest.assignment.release == ReleasePath.parse(OLD)
+        assert fleet.status().models["detector"].state == "committed"
+
+
+@pytest.mark.parametrize("content", ["", "{}", '{"view": "00", "models": {}}', None])
+def test_remembered_view_that_is_not_of_the_view_on_disk_is_verified_first(world, content):
+    world.committed(OLD, scaling(1)).stop()
+    path = world.path / "standing.json"
+    if content is None:
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"models": {"detector": {"length": "long"}}}))
+    else:
+        path.write_text(content)
+    with world.open() as fleet:
+        assert not fleet._worker._is_unverified
+        assert answer(fleet) == 1.0
+
+
+def external(factor):
+    """Weights beside the model, as torch exports them: they are hashed while they are loaded."""
+    weights = np.full((4, 512), factor, np.float32)
+    shrink = np.full((512, 4), 1 / 512, np.float32)
+    nodes = [helper.make_node("MatMul", ["x", "w"], ["h"]), helper.make_node("MatMul", ["h", "s"], ["y"])]
+    return onnx.load_from_string(graph(nodes, {"w": weights, "s": shrink}))
+
+
+def publish_external(world, path, factor, folder):
+    folder.mkdir()
+    onnx.save(
+        external(factor), folder / "model.onnx", save_as_external_data=True, location="model.onnx.data",
+        size_threshold=0,
+    )  # fmt: skip
+    contents = {name: (folder / name).read_bytes() for name in ("model.onnx", "model.onnx.data")}
+    files = tuple(FileEntry(name, len(data), digest(data)) for name, data in contents.items())
+    for file, data in zip(files, contents.values(), strict=True):
+        world.server.simulator.blobs[file.sha256] = data
+    signed = world.server.publish(path, contents["model.onnx"], files=files)
+    world.server.assign(signed)
+    return files
+
+
+def test_weights_that_were_damaged_are_found_beside_the_loading_and_what_went_before_serves(world, tmp_path):
+    with world.committed(OLD, scaling(1)) as fleet:
+        files = publish_external(world, NEW, 3.0, tmp_path / "new")
+        fleet.update_once()
+        prove(fleet)
+        assert float(fleet.model("detector").run(X)["y"][0, 0]) == pytest.approx(18.0)
+    blob = world.path / "store" / "blobs" / files[1].sha256
+    data = bytearray(blob.read_bytes())
+    data[100] ^= 1
+    blob.write_bytes(data)
+    with world.open() as fleet:
+        assert answer(fleet) == 1.0
+        assert not blob.exists()
+        told = [(event.kind, event.reason) for event in fleet._outbox.pending().events]
+        assert told.count(("refused", "damaged")) == 1
+        fleet.update_once()  # it is fetched again
+        prove(fleet)
+        assert float(fleet.model("detector").run(X)["y"][0, 0]) == pytest.approx(18.0)
