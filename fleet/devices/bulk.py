@@ -72,8 +72,8 @@ def names(ids: Numbers) -> list[tuple[int, str]]:
         wanted = set(ids.tolist())
         return [row for row in rows.values_list("pk", "name").iterator(chunk_size=ROWS) if row[0] in wanted]
     if last - first > DENSE * len(ids):
-        wanted = "{" + ",".join(map(str, ids.tolist())) + "}"  # one parameter, not one for each
-        rows = Device.objects.extra(where=["id = ANY(%s::bigint[])"], params=[wanted]).order_by()
+        array = "{" + ",".join(map(str, ids.tolist())) + "}"  # one parameter, not one for each
+        rows = Device.objects.extra(where=["id = ANY(%s::bigint[])"], params=[array]).order_by()
     packed = rows.aggregate(ids=ArrayAgg("pk", default=[]), names=StringAgg("name", "\n", default=""))
     kept = np.isin(packed["ids"], ids)
     pairs = zip(packed["ids"], packed["names"].split("\n"), strict=False)
