@@ -345,6 +345,9 @@ class WrongByte:
     after: tuple[str, float | None]
 
 
+KNOWN = 1.1  # what one process of the server is told, all that answer polls know within a second
+
+
 def wrong_byte(shop: Shop) -> WrongByte:
     """The server takes a release back from a device that failed: this row has a device and a rollout of its own."""
     shop.roll_out(BEFORE)
@@ -359,6 +362,7 @@ def wrong_byte(shop: Shop) -> WrongByte:
             device.line.on_files(wrong)
             said, kept = device.try_once(), device.answer()
             device.line.heal()
+            time.sleep(KNOWN)
             device.skipped += 4_000.0
             return WrongByte(said, kept, (device.try_once(), device.answer()))
         finally:
