@@ -24,6 +24,7 @@ from device_sdk.install import Clock
 from device_sdk.protocol.manifest import digest
 from device_sdk.protocol.polls import BLOBS, POLL
 from tests.attacks.world import Hook, Proxy, Shop, proxy_to
+from tests.live import KNOWN
 from tests.sdk.loopback import Asked, Reply
 from tests.sdk.world import graph, scaling
 
@@ -343,9 +344,6 @@ class WrongByte:
     said: str
     kept: float | None
     after: tuple[str, float | None]
-
-
-KNOWN = 1.1  # what one process of the server is told, all that answer polls know within a second
 
 
 def wrong_byte(shop: Shop) -> WrongByte:
