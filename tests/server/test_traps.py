@@ -30,8 +30,7 @@ TRAPS: dict[int, tuple[str, Sequence[str]]] = {
         f"{HERE}::test_trap_1_a_stage_whose_devices_are_all_done_holds_where_too_few_succeeded",
         "server/test_policy::test_a_stage_passes_only_when_everything_speaks_for_it",
         "server/test_rollouts::test_a_recalled_device_is_neither_success_nor_failure_and_a_stage_waits_for_it",
-        "server/test_guard_evidence::"
-        "test_trap_1_all_devices_are_done_and_all_committed_and_the_stage_passes_only_without_the_guard",
+        "server/test_guard_evidence::test_trap_1_a_stage_whose_devices_all_committed_passes_only_without_the_guard",
     ]),
     2: ("pausing leaves running groups running", [
         f"{HERE}::test_trap_2_pausing_recalls_every_device_that_has_not_activated_yet",
@@ -40,10 +39,8 @@ TRAPS: dict[int, tuple[str, Sequence[str]]] = {
     3: ("a silent device counts neither as success nor as failure, for ever", [
         "server/test_rollouts::test_a_device_that_goes_silent_with_the_new_release_is_waited_for",
         "server/test_rollouts::test_a_device_that_has_been_offline_since_before_the_stage_is_not_waited_for",
-        "server/test_rollout_time::"
-        "test_trap_3_a_device_that_was_seen_and_went_silent_fails_in_time_and_one_never_seen_holds_nobody_up",
-        "server/test_guard_evidence::"
-        "test_trap_3_devices_that_commit_and_fall_silent_are_no_evidence_and_hold_the_stage",
+        "server/test_rollout_time::test_trap_3_a_device_that_goes_silent_fails_in_time_and_one_never_seen_holds_nobody",
+        "server/test_guard_evidence::test_trap_3_devices_that_commit_and_fall_silent_are_no_evidence_and_hold",
     ]),
     4: ("success is whatever the device posts, before it has proved itself", [
         f"{HERE}::test_trap_4_success_is_counted_after_probation_and_only_from_devices_that_were_admitted",
