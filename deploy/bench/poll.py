@@ -24,10 +24,9 @@ TURNS = 11
 REST = 1.2  # marks are written every second
 CORES = sorted(os.sched_getaffinity(0))
 NOTES = (
-    "CPU of granian with all its threads, HTTP included. The servers are held to one core, who asks to another: threads "
-    + "that wait for each other across cores made one process cost twice what its twin did.",
+    "CPU of granian with all its threads, HTTP included. The servers are held to one core, and who asks to another.",
     "SQLite. A turn is 1,000 different devices, each once, over 8 kept connections.",
-    "Afterwards: what the process does in the next 1.2 s by itself, two looks at the change log and marks of last seen.",
+    "Afterwards: what a process does by itself in the next 1.2 s: two looks at the change log, marks of last seen.",
     "The plain poll is DRF with its token look-up, the ORM and an UPDATE, through the same middleware and server.",
     "100 rollouts: 99 that admit a tenth of a percent each stand before the one that admits all.",
 )
@@ -173,7 +172,8 @@ def _fleet(folder: Path, devices: int, rollouts: int) -> Iterator[Fleet]:
     subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
     made = json.loads((folder / "requests.json").read_text())
     own = {"FLEET_VAR": str(folder), "FLEET_DATABASE_URL": f"sqlite:///{folder / 'fleet.sqlite3'}"}
-    os.sched_setaffinity(0, CORES[-1:])  # which the server inherits
+    os.sched_setaffinity(0, CORES[-1:])  # which the server inherits. Left alone, threads that wait for each other
+    # across cores make one process cost twice what its twin does
     with granian({**os.environ, **own}, "deploy.bench.hello:application") as (port, pid):
         os.sched_setaffinity(0, CORES[:-1] or CORES)
         yield Fleet(port, pid, [request.encode() for request in made["polls"]], made["plain"].encode())
