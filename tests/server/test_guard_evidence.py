@@ -260,18 +260,21 @@ def test_a_release_that_nobody_guards_costs_a_report_one_question(client: Client
 
 def test_what_no_comparison_reads_again_is_forgotten_in_the_night_and_the_rest_is_kept(client: Client) -> None:
     fleet = GuardedFleet(client, 4).live()
-    sides = Watch.objects.filter(rollout=fleet.rollout).order_by().values_list("exposed").annotate(number=Count("pk"))
-    assert dict(sides) == {True: 2, False: 4}  # who is exposed now was not before
+
+    def sides() -> dict[bool, int]:
+        return dict(Watch.objects.order_by().values_list("exposed").annotate(number=Count("pk")))
+
+    assert sides() == {True: 2, False: 4}  # who is exposed now was not before
     tasks.retention()
-    assert dict(sides) == {True: 2, False: 4}, "all of it is of the stage in force"
+    assert sides() == {True: 2, False: 4}, "all of it is of the stage in force"
     Rollout.objects.filter(pk=fleet.rollout.pk).update(stage_index=1)
     tasks.retention()
-    assert dict(sides) == {True: 2}
+    assert sides() == {True: 2}
     services.roll_back(rollout=fleet.rollout.pk, actor="ann")
     tasks.retention()
-    assert dict(sides) == {True: 2}, "it may be resumed"
+    assert sides() == {True: 2}, "it may be resumed"
     Rollout.objects.update(finished_at=timezone.now() - timedelta(days=31))
     assert Finding.objects.exists()
     tasks.retention()
-    assert dict(sides) == {}
+    assert sides() == {}
     assert not Finding.objects.exists()
