@@ -46,10 +46,15 @@ def main() -> int:
             sections[name] = section
     if options.json:
         print(json.dumps({name: asdict(section) for name, section in sections.items()}))
-    elif not options.tiny and len(sections) == len(NAMES):
-        RESULTS.write_text(report.page(list(sections.values())))
+    elif not options.tiny:
+        whole = len(sections) == len(NAMES)
+        RESULTS.write_text((report.page if whole else partial)(list(sections.values())))
         console.print(f"Written to {RESULTS}")
     return 0
+
+
+def partial(sections: Sequence[Section]) -> str:
+    return report.renewed(RESULTS.read_text(), sections)
 
 
 def _measure(folder: Path, scale: Scale, names: Sequence[str]) -> Iterator[tuple[str, Section]]:
@@ -72,7 +77,7 @@ def _make(folder: Path) -> Path:
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="make bench", description=__doc__)
     parser.add_argument(
-        "--only", nargs="+", choices=NAMES, default=NAMES, help="these alone; RESULTS.md stays as it is"
+        "--only", nargs="+", choices=NAMES, default=NAMES, help="these alone; the rest of RESULTS.md stays as it is"
     )
     parser.add_argument("--tiny", action="store_true", help="a few calls of each, which proves only that they run")
     parser.add_argument("--json", action="store_true", help="the figures on standard output, and nothing written")

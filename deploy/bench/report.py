@@ -2,7 +2,9 @@
 
 import os
 import platform
+import re
 from collections.abc import Sequence
+from dataclasses import replace
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -44,6 +46,19 @@ def page(sections: Sequence[Section]) -> str:
         *(f"- {line}" for line in machine()),
     ]
     return "\n".join([*head, *(line for section in sections for line in _section(section)), ""])
+
+
+def renewed(old: str, sections: Sequence[Section]) -> str:
+    """A page with these sections in place of what it had under their titles; each says that it was measured alone."""
+    head, *parts = old.rstrip("\n").split("\n## ")
+    kept = {part.partition("\n")[0]: part for part in parts}
+    alone = f"Measured by itself on {datetime.now(UTC):%Y-%m-%d}, load average at the end {os.getloadavg()[0]:.1f}."
+    for section in sections:
+        lines = _section(replace(section, notes=(*section.notes, alone)))
+        kept[section.title] = "\n".join(lines[1:]).removeprefix("## ")
+    text = "\n\n## ".join(part.strip("\n") for part in (head, *kept.values())) + "\n"
+    missed = text.count("| **missed** |")
+    return re.sub(r"\d+ bars, \d+ missed", f"{missed + text.count('| met |')} bars, {missed} missed", text)
 
 
 def machine() -> list[str]:

@@ -14,7 +14,7 @@ from typing import Any
 
 import structlog
 from django.db import transaction
-from django.db.models import Exists, F, OuterRef, Q, QuerySet
+from django.db.models import Exists, F, Min, OuterRef, Q, QuerySet
 from django.utils import timezone
 
 from fleet.devices.changes import device_changed
@@ -84,15 +84,19 @@ def _time_out(moment: Moment) -> int:
     ahead = under_way.filter(tried_at__gt=moment.now + timedelta(seconds=engine_clock.longest_step()))
     ahead.update(tried_at=moment.now)
     running = Rollout.objects.filter(state=Rollout.State.RUNNING, timeout_seconds__gt=0)
-    return sum(_time_out_of(pk, seconds, moment) for pk, seconds in running.values_list("pk", "timeout_seconds"))
-
-
-def _time_out_of(rollout: int, seconds: int, moment: Moment) -> int:
-    timeout = timedelta(seconds=seconds)
-    if not engine_clock.may_time_out(moment, timeout):
+    patience = {pk: timedelta(seconds=seconds) for pk, seconds in running.values_list("pk", "timeout_seconds")}
+    patience = {pk: timeout for pk, timeout in patience.items() if engine_clock.may_time_out(moment, timeout)}
+    if not patience:
         return 0
+    old = under_way.filter(tried_at__lte=moment.now - min(patience.values())).order_by()
+    oldest = dict(old.values_list("rollout_id").annotate(oldest=Min("tried_at")))  # one look for all rollouts
+    late = {pk: timeout for pk, timeout in patience.items() if pk in oldest and oldest[pk] <= moment.now - timeout}
+    return sum(_time_out_of(pk, timeout, moment) for pk, timeout in late.items())
+
+
+def _time_out_of(rollout: int, timeout: timedelta, moment: Moment) -> int:
     late = Outcome.objects.filter(rollout=rollout, state=State.UPDATING, tried_at__lte=moment.now - timeout)
-    reason = f"timed out: not done within {seconds} s"
+    reason = f"timed out: not done within {timeout.total_seconds():.0f} s"
     number = _change(late, state=State.FAILED, step=TIMED_OUT, reason=reason, retry_at=None, changed_at=moment.now)
     if number:
         logger.warning("devices_timed_out", rollout=rollout, devices=number)
