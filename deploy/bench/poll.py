@@ -25,7 +25,7 @@ REST = 1.2  # marks are written every second
 CORES = sorted(os.sched_getaffinity(0))
 NOTES = (
     "CPU of granian with all its threads, HTTP included. The servers are held to one core, and who asks to another.",
-    "SQLite. A turn is 1,000 different devices, each once, over 8 kept connections.",
+    "SQLite, which writes in the same process. A turn is 1,000 different devices, each once, over 8 kept connections.",
     "Afterwards: what a process does by itself in the next 1.2 s: two looks at the change log, marks of last seen.",
     "The plain poll is DRF with its token look-up, the ORM and an UPDATE, through the same middleware and server.",
     "100 rollouts: 99 that admit a tenth of a percent each stand before the one that admits all.",
