@@ -13,12 +13,13 @@ from hypothesis import strategies as st
 
 from device_sdk.protocol.cohorts import cohort
 from fleet.devices.models import Device, Group, ModelStatus
-from fleet.rollouts import policy, selectors, services, snapshots, tasks
+from fleet.rollouts import objective, policy, selectors, services, snapshots, tasks
 from fleet.rollouts.counting import admission, cohorts, summary, survey, tallies
 from fleet.rollouts.counting.admission import Admission
-from fleet.rollouts.counting.cohorts import Cohorts, OverBudgetError
+from fleet.rollouts.counting.cohorts import Cohorts, OverBudgetError, Places
 from fleet.rollouts.models import Outcome, Rollout
 from fleet.rollouts.services import StagePlan
+from fleet.rollouts.terms.pace import Pace
 from tests.fleet_world import completed, device, devices, group, release, running
 from tests.server import slow_counts
 
@@ -163,7 +164,9 @@ def test_a_tick_asks_for_the_outcomes_of_all_rollouts_at_once_and_for_no_device(
 def captured_tables(look: Any) -> list[str]:
     with CaptureQueriesContext(connection) as captured:
         look()
-    asked = [query["sql"] for query in captured.captured_queries if "SAVEPOINT" not in query["sql"]]  # of the test alone
+    asked = [
+        query["sql"] for query in captured.captured_queries if "SAVEPOINT" not in query["sql"]
+    ]  # of the test alone
     return [sql.split("FROM ", 1)[-1].split()[0].strip('"') for sql in asked]
 
 
@@ -229,6 +232,19 @@ def test_hashing_stops_when_the_time_is_up(monkeypatch: pytest.MonkeyPatch) -> N
         Cohorts().inside("salt", 40, ids, until=0.0)
 
 
+def test_whose_cohorts_are_kept_is_hashed_once_and_over_several_looks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cohorts, "CHUNK", 10)
+    devices(25)
+    ids = np.array(Device.objects.order_by("-pk").values_list("pk", flat=True))
+    kept = Places(salts=1)
+    for _ in range(3):
+        with pytest.raises(OverBudgetError):
+            kept.of("salt", ids, until=0.0)
+    names = dict(Device.objects.values_list("pk", "name"))
+    assert queries(lambda: kept.of("salt", ids, until=0.0)) == 0
+    assert kept.of("salt", ids, until=0.0).tolist() == [cohort("salt", names[pk]) for pk in ids.tolist()]
+
+
 def test_what_traits_are_made_of_is_what_the_database_hashes() -> None:
     device(labels={"site": "berlin"})
     (row,) = Device.objects.only(*selectors.TRAITS)
@@ -264,6 +280,22 @@ def test_a_large_fleet_is_counted_by_a_task_and_the_page_says_when(monkeypatch: 
     assert shown.progress == {rollout.pk: selectors.progress(rollout)}
     assert shown.as_of is not None
     assert counted == [1]
+    device("newcomer")
+    Outcome.objects.create(rollout=rollout, device=Device.objects.latest("pk"), state="committed")
+    found = summary.progress(rollout)
+    assert (found.as_of, found.progress.total, found.progress.committed) == (shown.as_of, 6, 1)
+
+
+def test_a_large_fleet_that_was_never_counted_has_no_forecast_yet(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(summary, "SMALL", 1)
+    monkeypatch.setattr(tasks.summarise, "delay", lambda: None)
+    devices(6)
+    rollout = running(release("1.1.0"), pace=Pace(objective_percent=90, objective_days=1))
+    with committed():
+        found = objective.of(rollout)
+    assert (found.verdict, found.why) == ("unknown", "the devices are being counted: look again in a minute")
+    summary.count()
+    assert "being counted" not in objective.of(rollout).why
 
 
 def test_of_a_small_fleet_the_page_is_of_now() -> None:

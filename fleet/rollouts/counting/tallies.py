@@ -91,6 +91,14 @@ class Tallies:
                 return estimate
         return self._counted(rollout) if self._spent < BUDGET else quick
 
+    def said(self, rollout: Rollout) -> Counts:
+        """Devices by outcome, at the beginning of the tick."""
+        return self._counts[rollout.pk]
+
+    def roster(self) -> rosters.Roster:
+        """The fleet, looked up at most once a tick."""
+        return self._admission.roster
+
     def quick(self, rollout: Rollout) -> policy.Tally:
         counts = self._counts[rollout.pk]
         final = counts[FAILED] - self._pending.get(rollout.pk, 0) - rollout.forgiven
