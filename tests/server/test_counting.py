@@ -63,6 +63,10 @@ DEVICES = st.lists(
 @settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 @given(drawn=ROLLOUTS, entries=DEVICES)
 def test_the_fast_counts_are_those_of_one_device_after_the_other(drawn: list[Any], entries: list[Any]) -> None:
+    compare_in(drawn, entries)
+
+
+def compare_in(drawn: list[Any], entries: list[Any]) -> None:
     with transaction.atomic():
         rollouts = make_rollouts(drawn)
         make_devices(entries, rollouts)
