@@ -8,7 +8,7 @@ import pytest
 from django.db import connection, transaction
 from django.test.utils import CaptureQueriesContext
 from django.utils import timezone
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from device_sdk.protocol.cohorts import cohort
@@ -27,6 +27,7 @@ pytestmark = pytest.mark.django_db
 State = Rollout.State
 ago = lambda **span: timezone.now() - timedelta(**span)  # noqa: E731
 VERSIONS = ("1.0.0", "1.1.0", "1.2.0")
+WHEN_IT_BEGAN = -1  # instead of minutes: at the very moment of the first rollout's stage
 RUNS = st.sampled_from([None, {}, *({"digits": f"{version}/default"} for version in VERSIONS)])
 
 # Each rollout: version, state, percent, its group's site, minutes since its stage began, excludes, ring.
@@ -48,7 +49,7 @@ DEVICES = st.lists(
     st.tuples(
         st.sampled_from(["north", "south"]),
         RUNS,
-        st.sampled_from([None, 0, 5, 30, 120]),
+        st.sampled_from([None, 0, 5, 30, 120, WHEN_IT_BEGAN]),
         st.sampled_from(["", "", "", "1.0.0", "0.9.0"]),
         st.lists(st.sampled_from(["", *Outcome.State.values]), min_size=4, max_size=4),
         st.sampled_from(["", "waiting 1.1.0", "testing 1.1.0", "committed 1.0.0", "waiting 1.2.0"]),
@@ -60,7 +61,20 @@ DEVICES = st.lists(
 )
 
 
-@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
+def rolled(version: str, *, state: str = State.RUNNING, percent: float = 100.0, exclude: str = "") -> tuple[Any, ...]:
+    return (version, state, percent, "", 60, exclude, "")
+
+
+def entry(*outcomes: str, runs: Any = None, seen: int | None = 0, status: str = "", refuses: bool = False) -> Any:
+    """`outcomes` by rollout, the oldest first."""
+    padded = [*outcomes, "", "", "", ""][:4]
+    return ("north", runs, seen, "", padded, status, refuses, ["digits"], Device.State.ACTIVE)
+
+
+@example([rolled("1.1.0"), rolled("1.2.0")], [entry("", "failed"), entry("", "failed"), entry("updating", "failed")])
+@example([rolled("1.1.0")], [entry(seen=WHEN_IT_BEGAN), entry(seen=None), entry(seen=30, status="testing 1.1.0")])
+@example([rolled("1.1.0")], [entry(seen=None, refuses=True), entry(refuses=True, status="waiting 1.1.0")])
+@settings(max_examples=30, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 @given(drawn=ROLLOUTS, entries=DEVICES)
 def test_the_fast_counts_are_those_of_one_device_after_the_other(drawn: list[Any], entries: list[Any]) -> None:
     compare_in(drawn, entries)
@@ -110,7 +124,7 @@ def make_devices(entries: list[Any], rollouts: list[Rollout]) -> None:
     for number, (site, runs, minutes, pin, outcomes, status, refuses, models, state) in enumerate(entries):
         row = device(
             f"cam-{number}", runs=runs, labels={"site": site}, model_names=models, state=state,
-            last_seen=None if minutes is None else ago(minutes=minutes),
+            last_seen=rollouts[0].stage_since if minutes == WHEN_IT_BEGAN else _seen(minutes),
             pins={"digits": pin} if pin and "digits" in models else {},
             refusal={"code": "expired", "message": "", "model": "", "at": ago().isoformat()} if refuses else {},
         )  # fmt: skip
@@ -122,6 +136,10 @@ def make_devices(entries: list[Any], rollouts: list[Rollout]) -> None:
             said, version = status.split()
             path = f"digits/{version}/default"
             ModelStatus.objects.create(device=row, model="digits", state=said, release=path, since=ago())
+
+
+def _seen(minutes: int | None) -> Any:
+    return None if minutes is None else ago(minutes=minutes)
 
 
 # --- no scan of rows ---------------------------------------------------------------------------------------------

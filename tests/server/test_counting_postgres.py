@@ -24,7 +24,7 @@ admission.KEPT_FROM = cohorts.KEPT_FROM = 3  # so that small fleets take the way
 sizes = []
 
 
-@settings(max_examples=25, deadline=None, database=None)
+@settings(max_examples=15, deadline=None, database=None)
 @given(drawn=test_counting.ROLLOUTS, entries=test_counting.DEVICES)
 def compare(drawn, entries):
     admission._cohorts = cohorts.Cohorts()
