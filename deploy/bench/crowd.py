@@ -75,9 +75,9 @@ def _insert(keys: range, runs: int, version: int, signed_for: Any) -> None:
     with connection.cursor() as cursor:
         cursor.execute("BEGIN")
         cursor.executemany(
-            "INSERT INTO devices_device (id, name, state, labels, model_names, epoch, nonce_digest, sdk, runs_id, pins,"
-            " dropped_events, refusal, enrolled_at)"
-            " VALUES (%s, %s, 'active', '{}', %s, 1, '', '', %s, '{}', 0, '{}', %s)",
+            "INSERT INTO devices_device (id, name, state, labels, model_names, epoch, nonce_digest, sdk, abilities,"
+            " runs_id, pins, dropped_events, refusal, enrolled_at)"
+            " VALUES (%s, %s, 'active', '{}', %s, 1, '', '', '{}', %s, '{}', 0, '{}', %s)",
             devices,
         )
         cursor.executemany(

@@ -46,10 +46,10 @@ class Target:
                 stack.enter_context(socket.create_connection(("127.0.0.1", self.port), 60)) for _ in range(CONNECTIONS)
             ]
             self._ask_each(connections)
-            before = _cpu(self.pid)
+            before = cpu(self.pid)
             for _ in range(rounds):
                 self._ask_each(connections)
-            return (_cpu(self.pid) - before) / (rounds * CONNECTIONS) / 1_000
+            return (cpu(self.pid) - before) / (rounds * CONNECTIONS) / 1_000
 
     def until_from_memory(self, number: int) -> None:
         """Every device has polled, and is answered without Django; which says so in its Server header."""
@@ -85,7 +85,7 @@ def measure(folder: Path, scale: Scale, _server: Server) -> Section:
     if scale.devices < 1_000:
         sizes = {"few": (scale.devices, 3)}  # it proves that it runs
     with ExitStack() as stack:
-        fleets = {name: stack.enter_context(_fleet(folder / name, *size)) for name, size in sizes.items()}
+        fleets = {name: stack.enter_context(resting_fleet(folder / name, *size)) for name, size in sizes.items()}
         few = fleets["few"]
         targets = {
             "hello": few.target(few.hello, b"HTTP/1.1 200"),
@@ -147,17 +147,19 @@ class Fleet:
 
 
 @contextmanager
-def _fleet(folder: Path, devices: int, rollouts: int) -> Iterator[Fleet]:
+def resting_fleet(
+    folder: Path, devices: int, rollouts: int, application: str = "deploy.bench.hello:application"
+) -> Iterator[Fleet]:
     folder.mkdir(parents=True)
     command = [sys.executable, "-m", "deploy.bench.crowd", str(folder), str(devices), str(rollouts)]
     subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
     made = json.loads((folder / "requests.json").read_text())
     own = {"FLEET_VAR": str(folder), "FLEET_DATABASE_URL": f"sqlite:///{folder / 'fleet.sqlite3'}"}
-    with granian({**os.environ, **own}, "deploy.bench.hello:application") as (port, pid):
+    with granian({**os.environ, **own}, application) as (port, pid):
         yield Fleet(port, pid, [request.encode() for request in made["polls"]], made["plain"].encode())
 
 
-def _cpu(pid: int) -> int:
+def cpu(pid: int) -> int:
     """Nanoseconds of a process and its children, all threads."""
     return sum(
         int(path.read_text().split()[0])

@@ -1,4 +1,4 @@
-"""The counts over the whole fleet on real PostgreSQL, where they come as packed columns: the same as device by device."""
+"""The counts over the whole fleet on real PostgreSQL, where they come as packed columns."""
 
 import os
 import subprocess

@@ -89,8 +89,8 @@ class Places:
                 kept[pk] = cohort(salt, name)
             if time.monotonic() > until:
                 raise OverBudgetError
-        found: Shorts = kept[ids]
-        return found[found != UNKNOWN]  # who was deleted meanwhile
+        known: Shorts = kept[ids[kept[ids] != UNKNOWN]]  # without who was deleted meanwhile
+        return known
 
 
 def _no_places(size: int) -> Shorts:
