@@ -22,6 +22,8 @@ help: ## What can be made
 demo: $(DEMO) ## The whole loop with thirty devices; the admin stays up until Ctrl-C
 	$(BIN)/python -m deploy.demo
 
+# The hundreds of commands that tests start are compiled once, also where the environment says not to keep that.
+test: export PYTHONDONTWRITEBYTECODE =
 test: $(TEST) ## All tests, with real services and a browser
 	@.ci/tools
 	$(PYTEST) $(ARGS)

@@ -2,29 +2,34 @@
 
 from collections.abc import Callable
 from datetime import datetime
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from device_sdk import __version__
 from device_sdk.config import Home
-from device_sdk.download import Fetched, fetch
-from device_sdk.install import Parts, Swap
+from device_sdk.install import Parts
 from device_sdk.journal import Journal
 from device_sdk.ledger import Ledger
 from device_sdk.mirror import BAD_MIRROR, Mirror
 from device_sdk.options import Options
-from device_sdk.patching import Patcher
 from device_sdk.probes import Probes
 from device_sdk.protocol import events
 from device_sdk.protocol.manifest import Manifest
-from device_sdk.rehearsal import Rules
+from device_sdk.room import Rules, Swap
 from device_sdk.runtime import RuntimeOptions
 from device_sdk.store import Store
 from device_sdk.traffic import Clock as TrafficClock
 from device_sdk.traffic import Limits, Traffic
 
+if TYPE_CHECKING:
+    from device_sdk.download import Fetched
+    from device_sdk.patching import Patcher
+
 
 class Bringer:
-    """Downloads releases, and reports patches and mirrors that were refused on the way."""
+    """Downloads releases, and reports patches and mirrors that were refused on the way.
+
+    What downloads and patches are made of is imported with the first: a start serves without it.
+    """
 
     def __init__(self, transport: Any, store: Store, journal: Journal, mirror: Mirror | None, options: Options) -> None:
         self._transport = transport
@@ -32,20 +37,29 @@ class Bringer:
         self._journal = journal
         self._mirror = mirror
         self._seconds = options.download_seconds
-        self._patcher = Patcher(transport, store)
+        self._patcher: Patcher | None = None
 
     def using(self, traffic: Traffic) -> "Callable[[Manifest, Callable[..., None]], Fetched]":
-        def bring(manifest: Manifest, on_progress: Callable[..., None]) -> Fetched:
+        def bring(manifest: Manifest, on_progress: Callable[..., None]) -> "Fetched":
+            from device_sdk.download import fetch
+
             model = manifest.path.model
-            self._patcher.on_refused = lambda error: self._note(model, error.code, error)
+            patcher = self._patches()
+            patcher.on_refused = lambda error: self._note(model, error.code, error)
             if self._mirror:
                 self._mirror.on_bad = lambda error: self._note(model, BAD_MIRROR, error)
             return fetch(
                 self._transport, self._store, manifest, on_progress=on_progress, deadline=self._seconds,
-                patcher=self._patcher, traffic=traffic, mirror=self._mirror,
+                patcher=patcher, traffic=traffic, mirror=self._mirror,
             )  # fmt: skip
 
         return bring
+
+    def _patches(self) -> "Patcher":
+        from device_sdk.patching import Patcher
+
+        self._patcher = self._patcher or Patcher(self._transport, self._store)
+        return self._patcher
 
     def _note(self, model: str, code: str, error: Exception) -> None:
         detail = {"message": str(error)[:200]}
@@ -56,9 +70,9 @@ def make_parts(
     home: Home, device: str, options: Options, *, store: Store, journal: Journal, bringer: Bringer, **links: Any
 ) -> Parts:
     """`links`: what the client adds of its own; see `install.Parts`."""
-    today = lambda: datetime.fromtimestamp(options.clock.now()).astimezone().date()  # noqa: E731
-    limits = Limits(options.max_bytes_per_second, options.max_bytes_per_day)
-    traffic = Traffic(home.traffic_file, limits, TrafficClock(today=today))
+    traffic = Traffic(
+        home.traffic_file, Limits(options.max_bytes_per_second, options.max_bytes_per_day), _traffic_clock(options)
+    )
     return Parts(
         device=device,
         sdk=__version__,
@@ -74,3 +88,13 @@ def make_parts(
         clock=options.clock,
         **links,
     )
+
+
+def upload_traffic(home: Home, options: Options) -> Traffic:
+    """Of samples. A budget of its own: training data must not use up what an update needs."""
+    limits = Limits(options.max_upload_bytes_per_second, options.max_upload_bytes_per_day)
+    return Traffic(home.uploads_file, limits, _traffic_clock(options))
+
+
+def _traffic_clock(options: Options) -> TrafficClock:
+    return TrafficClock(today=lambda: datetime.fromtimestamp(options.clock.now()).astimezone().date())

@@ -13,8 +13,8 @@ from pathlib import Path
 from threading import RLock
 from typing import Any, Self
 
-from device_sdk import __version__, abilities
-from device_sdk.assembly import Bringer, make_parts
+from device_sdk import __version__
+from device_sdk.assembly import Bringer, make_parts, upload_traffic
 from device_sdk.config import Home, Identity, Provision, setup_errors
 from device_sdk.counts import Counts
 from device_sdk.deferred import Deferred
@@ -29,6 +29,7 @@ from device_sdk.mirror import open_mirror
 from device_sdk.model import Model
 from device_sdk.options import ModelStatus, Options, Status
 from device_sdk.outbox import Outbox
+from device_sdk.packing import BATCH_BYTES
 from device_sdk.peers import Board
 from device_sdk.protocol.names import check_model, check_name
 from device_sdk.runtime import end_plainly
@@ -246,23 +247,29 @@ class Fleet:
         device, trust = self._identity.device, Deferred(self._make_trust)
         spool = Spool(
             self._home.spool, device=device, max_bytes=options.spool_bytes, max_samples=options.spool_samples,
-            redact=options.redact,
+            redact=options.redact, batch_bytes=options.max_upload_bytes_per_day // 2 or BATCH_BYTES,
         )  # fmt: skip
         assert self._outbox is not None  # noqa: S101  the lock comes with one
         context = Context(
-            device=device, sdk=__version__, abilities=abilities.detect(options.providers), client=self._transport,
+            device=device, sdk=__version__, abilities=self._abilities, client=self._transport,
             trust=trust, outbox=self._outbox,
             journal=self._journal, installers=self._installers, clock=options.clock, on_change=self._tell_peers,
             on_settled=lambda: self._hooks.tell(self._store), missed=self._board.take_drops,
             on_obeyed=lambda view: remember(self._home.standing_file, self._home.view_file, view.assignments),
         )  # fmt: skip
-        uploader = Uploader(self._transport, spool, device, second_of_day=options.clock.second_of_day)
+        traffic = upload_traffic(self._home, options)
+        uploader = Uploader(self._transport, spool, device, second_of_day=options.clock.second_of_day, traffic=traffic)
         settings = Settings(options.poll_seconds, options.health_seconds, options.upload_seconds)
         worker = Worker(context, spool, uploader, settings)
         parts.wake = worker.wake
         parts.is_stale = worker.poller.is_stale
         worker.take_up(recall(self._home.standing_file, self._home.view_file))
         return worker
+
+    def _abilities(self) -> Any:
+        from device_sdk.abilities import detect
+
+        return detect(self._options.providers)
 
     def _make_transport(self) -> Any:
         from device_sdk.transport import Transport

@@ -112,6 +112,10 @@ class Home:
         return self.path / "spool"
 
     @property
+    def uploads_file(self) -> Path:
+        return self.path / "uploads.json"
+
+    @property
     def traffic_file(self) -> Path:
         return self.path / "traffic.json"
 

@@ -7,12 +7,10 @@ import logging
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
-from device_sdk import acceptance, runtime
-from device_sdk.acceptance import Exam
+from device_sdk import runtime
 from device_sdk.counts import Counts
-from device_sdk.download import Fetched
 from device_sdk.errors import (
     DeviceError,
     ModelError,
@@ -27,11 +25,10 @@ from device_sdk.ledger import Done, Ledger
 from device_sdk.peers import Seen, Served, total
 from device_sdk.probes import IDLE, Probes
 from device_sdk.protocol import events, limits
-from device_sdk.protocol.arrays.acceptance import Acceptance
 from device_sdk.protocol.assignment import Assignment, Probation
 from device_sdk.protocol.manifest import Manifest
 from device_sdk.protocol.versions import older
-from device_sdk.rehearsal import Rules, free_memory, rehearse
+from device_sdk.room import Rules, Swap
 from device_sdk.runtime import RuntimeOptions
 from device_sdk.slot import CHECK_EVERY, Gate, Loaded, Slot, told
 from device_sdk.store import LoadedFiles, Store
@@ -50,6 +47,10 @@ from device_sdk.updater import (
 )
 from device_sdk.uploader import local_second_of_day
 
+if TYPE_CHECKING:
+    from device_sdk.acceptance import Exam
+    from device_sdk.download import Fetched
+
 log = logging.getLogger("device_sdk")
 
 WATCH_SECONDS = 0.25  # between two looks at a release in probation
@@ -58,7 +59,6 @@ FIRST_RETRY = 5.0
 FORGIVEN_SECONDS = 60.0  # between two looks whether a person at the device has forgiven a release
 DAMAGED = "damaged"  # the code of what was installed here and is no longer whole
 RETIRE_SECONDS = 5.0  # a follower waits so long for a slow call before it goes on with what comes next
-_MARGIN = 64 * limits.MIB  # of memory, that `auto` leaves to the rest of the device
 STEP = 64 * limits.KIB  # a download that brings so much before it fails has got on
 
 
@@ -99,25 +99,6 @@ class UnmetError(Exception):
     """A condition ceased to hold in the middle of a download. What has come is kept."""
 
 
-@dataclass(frozen=True)
-class Swap:
-    """How a release takes another's place. `how`: `beside` it, `unload-first`, or `auto`: by the memory that is free.
-
-    Unloaded first, calls wait: `calls` of them, each for `seconds`.
-    """
-
-    how: str = "beside"
-    calls: int = 64
-    seconds: float = 30.0
-
-    def is_tight(self, manifest: Manifest) -> bool:
-        """Whether there is no room for a second release. A session takes up to 3.5 times its files while it is made."""
-        if self.how != "auto":
-            return self.how == "unload-first"
-        free = free_memory()
-        return free is not None and free < manifest.length * 4 + _MARGIN
-
-
 @dataclass
 class Parts:
     """What all installers of a device share."""
@@ -126,7 +107,7 @@ class Parts:
     sdk: str
     store: Store
     journal: Journal
-    fetch: Callable[[Manifest, Callable[..., None]], Fetched]
+    fetch: Callable[[Manifest, Callable[..., None]], "Fetched"]
     probes: Probes
     traffic: Traffic
     ledger: Ledger
@@ -310,9 +291,9 @@ class Installer:
     def _follow_to(self, told: Served) -> None:
         try:
             manifest = self._store.manifest(told.sha256)
-            bundle = self._bundle(manifest) if told.trial else None  # its providers may be others than the updater's
+            exam = self._exam(manifest) if told.trial else None
             self._make_room(manifest)
-            loaded = self._load(told.sha256, Exam(bundle, seconds=acceptance.WARM_SECONDS) if bundle else None)
+            loaded = self._load(told.sha256, exam)
             self.slot.publish(loaded)
         except ModelError as error:
             self.failure = Seen(told.sha256, failure=error.code)
@@ -321,6 +302,13 @@ class Installer:
             self._bring_back()
         del loaded
         self._settle(on_trial=told.trial)
+
+    def _exam(self, manifest: Manifest) -> "Exam | None":
+        if manifest.acceptance is None:
+            return None
+        from device_sdk import testing
+
+        return testing.warm_up(self._store, manifest)
 
     def _follow_to_nothing(self) -> None:
         """Nothing is there to fall back to. What the updater merely could not load may go on here."""
@@ -605,6 +593,8 @@ class Installer:
         return self._retry_later(Signal.FAIL, error.code, error)
 
     def _try_install(self, verified: Verified) -> None:
+        from device_sdk.download import Fetched
+
         assignment, manifest = verified.assignment, verified.manifest
         if manifest is None:
             raise UntrustedError("an assignment without its manifest", code="no_manifest")
@@ -633,28 +623,19 @@ class Installer:
 
         The store hashes the files right before, and says right after whether they have been left alone.
         """
+        from device_sdk import testing
+
         with self._store.open(sha) as files:
             self._signal(Signal.VERIFIED)
             if self.progress.tests > MAX_TESTS:
                 raise ModelError("its test took the process down", code=Why.CRASHED_IN_TEST)
-            bundle = self._bundle(files.manifest)
+            bundle = testing.bundle_of(self._store, files.manifest)
             self._make_room(files.manifest)
-            took = None
-            if self._parts.rehearsal is not None:
-                rules = self._parts.rehearsal
-                took = rehearse(files, options=self._parts.options, rules=rules, go_on=self._go_on, bundle=bundle)
-            if bundle is None:
-                return self._make(sha, files)
-            # Latency is measured here: with the threads, the options and the company that the release will have.
-            seconds = None if took is None else acceptance.WARM_SECONDS
-            exam = Exam(bundle, seconds=seconds, timed=True, go_on=self._go_on)
-            loaded = self._make(sha, files, exam)
-            self._found = _passed(exam, took)
+            loaded, self._found = testing.test(
+                files, bundle, rules=self._parts.rehearsal, options=self._parts.options, go_on=self._go_on,
+                make=lambda exam: self._make(sha, files, exam),
+            )  # fmt: skip
             return loaded
-
-    def _bundle(self, manifest: Manifest) -> Acceptance | None:
-        entry = manifest.acceptance
-        return None if entry is None else acceptance.read(self._store.read_blob(entry))
 
     def _go_on(self, come: Come | None = None) -> None:
         """Called by the download and by the test: stop it when nobody wants it any more, or not now."""
@@ -689,12 +670,14 @@ class Installer:
         return delay
 
     def _mark_bad(self, sha: str, error: ModelError) -> None:
+        from device_sdk.testing import told as told_of
+
         log.error("%s: %s is never tried again: %s", self.model, self.progress.release, error)
         try:
             self._store.reject(self.model, sha, error.code, self.progress.rollout)
         except StorageError as full:
             log.warning("%s: %s could not be marked: %s", self.model, sha, full)
-        self._signal(Signal.FAIL, _told(error), detail={"message": str(error)[:200]})
+        self._signal(Signal.FAIL, told_of(error), detail={"message": str(error)[:200]})
 
     # Probation
 
@@ -843,11 +826,11 @@ class Installer:
 
     # Parts
 
-    def _load(self, sha: str, exam: Exam | None = None, *, beside: bool = False) -> Loaded:
+    def _load(self, sha: str, exam: "Exam | None" = None, *, beside: bool = False) -> Loaded:
         with self._store.open(sha, beside=beside) as files:
             return self._make(sha, files, exam)
 
-    def _make(self, sha: str, files: LoadedFiles, exam: Exam | None = None) -> Loaded:
+    def _make(self, sha: str, files: LoadedFiles, exam: "Exam | None" = None) -> Loaded:
         entry = files.entry_path if files.entry_bytes is None else files.entry_bytes
         loaded = runtime.load(files.manifest, sha256=sha, entry=entry, options=self._parts.options, exam=exam)
         loaded.before = self._parts.ledger.get(self.model, sha)
@@ -876,16 +859,6 @@ _NONE = "0" * 64
 def _named(why: Why, error: DeviceError) -> str:
     """A reason that says more, where the error does: `network: too_slow`."""
     return why if error.code == type(error).code else f"{why}: {error.code}"
-
-
-def _told(error: ModelError) -> str:
-    """What a release's makers asked of it is not on any page: the reason says what was expected, and what came."""
-    return f"{error.code}: {error}"[:300] if error.code in acceptance.CODES else error.code
-
-
-def _passed(exam: Exam, took: int | None) -> dict[str, float | str]:
-    memory = {"memory": float(took)} if took else {}
-    return {"accepted": float(exam.asked), "latency_ms": round(exam.latency_ms, 3), **memory}
 
 
 def _nothing() -> None:

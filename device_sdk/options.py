@@ -24,6 +24,8 @@ class Options:
     `probes`: what the host is like, by name (`unmetered`, `charging`, `idle`: true or false; `free_disk`,
     `free_memory`: bytes), for rollouts that wait for it; the defaults are Linux's, and `unmetered` has none.
     `max_bytes_per_second`, `max_bytes_per_day`: of downloads, 0: no limit but the server's; the smaller counts.
+    `max_upload_bytes_per_second`, `max_upload_bytes_per_day`: of samples, 0: no limit. Batches are made to fit the day;
+    a sample that is larger than the day's bytes goes as the first of a day.
     `mirror`: address of a cache that is asked for files first (None: the provisioned one, "": none).
     `swap`: "beside", "unload-first" or "auto" (by what memory is free): how a release takes another's place. Where it
     is unloaded first, up to `held_calls` calls wait for it, each for up to `held_seconds`; others get HeldError.
@@ -51,6 +53,8 @@ class Options:
     probes: Mapping[str, Probe] = field(default_factory=dict)
     max_bytes_per_second: int = 0
     max_bytes_per_day: int = 0
+    max_upload_bytes_per_second: int = 0
+    max_upload_bytes_per_day: int = 0
     mirror: str | None = None
     swap: str = "beside"
     held_calls: int = 64

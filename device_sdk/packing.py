@@ -37,15 +37,15 @@ class Packed:
     broken: list[str] = field(default_factory=list)
 
 
-def pack(target: Path, cover: Cover, samples: Mapping[Path, int]) -> Packed:
-    """Write as many samples (files, with their sizes in bytes) as one batch takes, and sync it.
+def pack(target: Path, cover: Cover, samples: Mapping[Path, int], *, limit: int = BATCH_BYTES) -> Packed:
+    """Write as many samples (files, with their sizes in bytes) as one batch takes, at least one, and sync it.
 
     The index comes last, when it is known what could be read.
     """
     packed, size, index_size, number = Packed(), 0, 0, 0
     with target.open("wb") as file, zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
         for path, length in samples.items():
-            if packed.entries and (size + length > BATCH_BYTES or index_size > _INDEX_BYTES):
+            if packed.entries and (size + length > limit or index_size > _INDEX_BYTES):
                 break
             if len(packed.entries) == limits.SAMPLES_PER_BATCH:
                 break

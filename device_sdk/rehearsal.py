@@ -23,7 +23,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +31,7 @@ from device_sdk.errors import ModelError, RehearsalError, ShortageError, Untrust
 from device_sdk.protocol import limits
 from device_sdk.protocol.arrays.acceptance import Acceptance
 from device_sdk.protocol.manifest import Manifest, digest
+from device_sdk.room import SLACK, Rules, free_memory
 from device_sdk.runtime import MEMORY_LIMIT, RuntimeOptions, is_starved, load
 from device_sdk.store import LoadedFiles
 
@@ -39,26 +39,11 @@ log = logging.getLogger("device_sdk")
 
 TEST_TIMED_OUT = "test_timed_out"
 CRASHED_IN_TEST = "crashed_in_test"
-SLACK = 256 * limits.MIB  # arenas grow in powers of two
-UNSAID = 768 * limits.MIB  # what a release may take whose manifest says nothing, and eight times its files
 START_SECONDS = 60.0  # until the child has imported onnxruntime, on the slowest of devices
 CHANGED = "hash_mismatch"
 _LOOK_SECONDS = 0.2
 _READY = b"ready\n"
 _ANSWER = 4_096
-
-
-@dataclass(frozen=True, slots=True)
-class Rules:
-    """`memory` in bytes beyond an empty interpreter, 0: by the manifest. `seconds`: for loading and for all calls."""
-
-    memory: int = 0
-    seconds: float = 300.0
-
-    def allowance(self, manifest: Manifest, budget: int = 0) -> int:
-        """`budget`: what its acceptance bundle grants, in bytes; it is measured, and this leaves room to measure."""
-        most = self.memory or SLACK + (manifest.requires.memory or UNSAID + 8 * manifest.length)
-        return min(most, SLACK + budget) if budget else most
 
 
 def rehearse(
@@ -190,7 +175,7 @@ def _listen(child: subprocess.Popen[bytes], seconds: float, go_on: Callable[[], 
 def _raise_late(said: bytes, seconds: float) -> None:
     if not said:
         raise RehearsalError(f"the test's process has not begun within {START_SECONDS:.0f} s")
-    raise ModelError(f"it did not load and answer twice within {seconds:g} s", code=TEST_TIMED_OUT)
+    raise ModelError(f"it did not load and answer within {seconds:g} s", code=TEST_TIMED_OUT)
 
 
 def _judge(said: bytes, status: int, memory: int) -> int:
@@ -215,34 +200,6 @@ def _judge(said: bytes, status: int, memory: int) -> int:
     if code or status:
         raise ModelError(message, code=code or CRASHED_IN_TEST)
     return took
-
-
-def free_memory() -> int | None:
-    """Bytes that this process may still take, by the system and by its control group. None: not known here."""
-    known = [value for value in (_system_free(), *_group_free()) if value is not None]
-    return min(known, default=None)
-
-
-def _system_free() -> int | None:
-    with contextlib.suppress(OSError, ValueError, IndexError):
-        for line in Path("/proc/meminfo").read_text().splitlines():
-            if line.startswith("MemAvailable:"):
-                return int(line.split()[1]) * 1024
-    return None
-
-
-def _group_free() -> Iterator[int]:
-    """Of control groups (version 2) from our own upwards: containers and systemd's MemoryMax set these."""
-    root = Path("/sys/fs/cgroup")
-    own = root
-    with contextlib.suppress(OSError, IndexError):
-        own = root / Path("/proc/self/cgroup").read_text().split("0::", 1)[1].splitlines()[0].lstrip("/")
-    for folder in (own, *own.parents):
-        if folder == root.parent:
-            return
-        with contextlib.suppress(OSError, ValueError):
-            limit = int((folder / "memory.max").read_text())  # "max", no number: no limit
-            yield max(limit - int((folder / "memory.current").read_text()), 0)
 
 
 # The child

@@ -108,7 +108,7 @@ def make_session(entry: bytes | Path, options: RuntimeOptions) -> Any:
 
 
 def _warm_up(session: Any, schema: Schema, manifest: Manifest) -> None:
-    """Run twice on zeros: the first call costs double, and a model that cannot answer is found out here.
+    """Run on zeros: the first call costs double, and a model that cannot answer is found out here.
 
     Where a shape leaves sizes open (beyond the batch axis) we invent them, and a failure proves nothing.
     """
@@ -121,7 +121,6 @@ def _warm_up(session: Any, schema: Schema, manifest: Manifest) -> None:
         if feeds is None:
             break
         try:
-            session.run(None, feeds)
             _check_outputs(schema, session.run(None, feeds))
             return
         except ModelError:

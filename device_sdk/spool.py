@@ -72,11 +72,15 @@ class _Lane:
 
 
 class Spool:
-    """All models' samples. `max_bytes` bounds everything on disk, `max_samples` what waits of one model."""
+    """All models' samples. `max_bytes` bounds everything on disk, `max_samples` what waits of one model, `batch_bytes`
+    the tensors of one batch.
+    """
 
     def __init__(
-        self, directory: Path, *, device: str, max_bytes: int, max_samples: int = 100_000, redact: Redact | None = None
-    ) -> None:
+        self, directory: Path, *, device: str, max_bytes: int, max_samples: int = 100_000, redact: Redact | None = None,
+        batch_bytes: int = BATCH_BYTES,
+    ) -> None:  # fmt: skip
+        self._batch_bytes = min(batch_bytes, BATCH_BYTES)
         self._directory = directory
         self._device = device
         self._max_bytes = max_bytes
@@ -286,7 +290,8 @@ class Spool:
         identifier = token_hex(16)
         temporary = lane.batches / f".{identifier}.tmp"
         cover = Cover(identifier, self._device, lane.model, min(probability, 1.0))
-        chosen = pack(temporary, cover, {lane.samples / f"{name}.zip": size for name, size in lane.sizes.items()})
+        samples = {lane.samples / f"{name}.zip": size for name, size in lane.sizes.items()}
+        chosen = pack(temporary, cover, samples, limit=self._batch_bytes)
         for name in chosen.broken:
             self._forget(lane, name)
             lane.dropped += 1

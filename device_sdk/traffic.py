@@ -1,4 +1,4 @@
-"""How fast and how much a device downloads: a rate in bytes a second, and a budget for each of its days.
+"""How fast and how much a device downloads, or uploads: a rate in bytes a second, and a budget for each of its days.
 
 Owns the count of what came today, on disk, so that a restart does not begin the day anew. Bytes are counted as they
 come off the wire, also those that are thrown away. Knows nothing of files or hashes.
@@ -64,7 +64,7 @@ class Clock:
 
 
 class Traffic:
-    """Counts and slows down the downloads of one directory. One thread at a time."""
+    """Counts and slows down the downloads, or the uploads, of one directory. One thread at a time."""
 
     def __init__(self, path: Path | None, own: Limits = NO_LIMITS, clock: Clock | None = None) -> None:
         self._path = path
@@ -98,9 +98,22 @@ class Traffic:
             wanted = min(wanted, left)
         if self._limits.rate:
             wanted = min(wanted, max(self._limits.rate * SLICE_SECONDS, SMALLEST_SLICE))
-        self._due = wanted
-        self._write_ahead()
+        self.expect(wanted)
         return wanted
+
+    def expect(self, size: int) -> None:
+        """So much travels next. Raises StorageError where it cannot be counted."""
+        self._due = size
+        self._write_ahead()
+
+    def has_room(self, size: int) -> bool:
+        """Whether what can only travel whole may travel today. More than a whole day's goes first on its day."""
+        left = self.left()
+        return left is None or size <= left or left == self._limits.daily
+
+    def seconds(self, size: int) -> float:
+        """How long so much takes at the rate; 0: as long as the line needs."""
+        return size / self._limits.rate if self._limits.rate else 0.0
 
     def took(self, size: int, go_on: Callable[[], None] = lambda: None) -> None:
         """Count what came, and wait until it would have come at the rate; `go_on` may end the wait by raising."""

@@ -43,8 +43,6 @@ _REPEATS = frozenset({307, 308})  # redirects that keep method and body
 _REDIRECTS = frozenset({301, 302, 303}) | _REPEATS
 _FAULTS = (requests.RequestException, HTTPError, HTTPException, OSError, ValueError)
 
-UNSAID = SKIP_HEADER  # as `Accept-Encoding`: leave it out. A compressed answer is refused all the same
-
 Body = bytes | BinaryIO | None
 
 
@@ -201,7 +199,8 @@ class Transport:
             _ends_at.reset(marker)
 
     def _headers(self, url: str, exchange: "_Exchange") -> dict[str, str]:
-        encoding = UNSAID if exchange.headers.get("Accept-Encoding") == UNSAID else "identity"
+        # Said to be nothing, it is left out. A compressed answer is refused all the same.
+        encoding = SKIP_HEADER if exchange.headers.get("Accept-Encoding") == "" else "identity"
         headers = {"User-Agent": "fleet-device", **exchange.headers, "Accept-Encoding": encoding}
         headers = {name: value for name, value in headers.items() if name.lower() != "authorization"}
         if exchange.authorise and self._credential and _origin_of(url) == self._origin:

@@ -1,12 +1,15 @@
 """Bring sealed batches to the server: announce, put, complete; the local copy goes only after "received".
 
 Every step may be repeated: a batch keeps its id and its bytes. What can never be taken is counted as dropped.
+Batches keep to a rate and to a daily budget, as downloads do; announcements, of some hundred bytes, are not counted.
 """
 
 import logging
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from io import FileIO
+from pathlib import Path
 from typing import Any, Protocol
 
 from device_sdk.errors import DeviceError, TransferError, UnauthorizedError, is_retryable
@@ -15,6 +18,7 @@ from device_sdk.protocol.errors import ProtocolError
 from device_sdk.protocol.polls import BATCHES
 from device_sdk.sampling import upload_open
 from device_sdk.spool import Sealed, Spool
+from device_sdk.traffic import Traffic
 
 log = logging.getLogger("device_sdk")
 
@@ -60,25 +64,33 @@ class Upload:
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """What one round did, in batches. `lost`: the server will never take them. `failed`: kept, for another try."""
+    """What one round did, in batches. `lost`: the server will never take them. `failed`: kept, for another try.
+    `put_off`: until the next day, for today's bytes are spent.
+    """
 
     sent: int = 0
     samples: int = 0
     lost: int = 0
     failed: int = 0
+    put_off: int = 0
 
 
 class Uploader:
     """Seals and uploads. `second_of_day`: the device's local time, for the window."""
 
-    def __init__(self, client: Client, spool: Spool, device: str, *, second_of_day: Callable[[], float]) -> None:
+    def __init__(
+        self, client: Client, spool: Spool, device: str, *, second_of_day: Callable[[], float],
+        traffic: Traffic | None = None,
+    ) -> None:  # fmt: skip
+        self.stopping: Callable[[], bool] = lambda: False
+        self._traffic = traffic or Traffic(None)
         self._client = client
         self._spool = spool
         self._device = device
         self._second_of_day = second_of_day
 
     def run(self, *, force: bool = False) -> Report:
-        """Upload all that may travel now; `force` ignores windows.
+        """Upload all that may travel now; `force` ignores windows, and no budget.
 
         Raises TransferError (no answer, 401, 429, 5xx), which ends the round; what was done stays done. A batch that
         is refused for a reason of its own does not hold up the others.
@@ -88,6 +100,8 @@ class Uploader:
             if force or self._is_open(model):
                 for batch in self._spool.seal(model):
                     report = self._deliver(batch, report)
+        if report.put_off:
+            log.info("%d batches wait for tomorrow: today's bytes are spent", report.put_off)
         return report
 
     def _is_open(self, model: str) -> bool:
@@ -95,6 +109,8 @@ class Uploader:
         return sampling is not None and upload_open(sampling, self._device, self._second_of_day())
 
     def _deliver(self, batch: Sealed, report: Report) -> Report:
+        if not self._traffic.has_room(batch.head.length):
+            return replace(report, put_off=report.put_off + 1)
         try:
             self._exchange(batch)
         except (DeviceError, OSError) as error:
@@ -123,11 +139,22 @@ class Uploader:
             raise TransferError(f"expected state {RECEIVED!r}; got {answer.get('state')!r:.40}", code="bad_answer")
 
     def _put(self, batch: Sealed, upload: Upload) -> None:
-        with batch.path.open("rb") as file:
-            self._client.request(
-                upload.method, upload.url, headers=upload.headers, body=file,
-                limit=_ANSWER, deadline=_PUT_DEADLINE, authorise=upload.credential,
-            )  # fmt: skip
+        """At the rate; the deadline leaves twice the time that it takes."""
+        length = batch.head.length
+        deadline = _PUT_DEADLINE + 2 * self._traffic.seconds(length)
+        self._traffic.expect(length)
+        try:
+            with _Counted(batch.path, self._traffic, self._go_on) as file:
+                self._client.request(
+                    upload.method, upload.url, headers=upload.headers, body=file,
+                    limit=_ANSWER, deadline=deadline, authorise=upload.credential,
+                )  # fmt: skip
+        finally:
+            self._traffic.settle()
+
+    def _go_on(self) -> None:
+        if self.stopping():
+            raise TransferError("the device stops in the middle of an upload", code="stopped")
 
     def _post(self, path: str, body: bytes) -> dict[str, Any]:
         answer = self._client.request(
@@ -142,6 +169,20 @@ class Uploader:
         """Whether trying again is of no use: the server said why it never will, or our own copy is damaged."""
         code = error.code if isinstance(error, DeviceError) else "unreadable"
         return code in _TERMINAL or not self._spool.is_whole(batch)
+
+
+class _Counted(FileIO):
+    """A file whose bytes are counted as they are read to be sent, again too, and no faster than may be."""
+
+    def __init__(self, path: Path, traffic: Traffic, go_on: Callable[[], None]) -> None:
+        super().__init__(path, "rb")
+        self._traffic = traffic
+        self._go_on = go_on
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        data = super().read(-1 if size is None else size)
+        self._traffic.took(len(data), self._go_on)
+        return data
 
 
 def local_second_of_day() -> float:

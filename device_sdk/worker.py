@@ -31,7 +31,6 @@ from device_sdk.protocol.polls import (
 )
 from device_sdk.slot import told
 from device_sdk.spool import Spool
-from device_sdk.transport import UNSAID
 from device_sdk.updater import Progress, Why, backoff
 from device_sdk.uploader import Client, Report, Uploader
 
@@ -118,7 +117,7 @@ class Context:
 
     device: str
     sdk: str
-    abilities: Abilities
+    abilities: Callable[[], Abilities]  # finding out takes some 10 ms: at the first report, not at the start
     client: Client
     trust: Trusted
     outbox: Outbox
@@ -232,7 +231,7 @@ class Poller:
         held = view.version if view and not self._is_refusing() else 0
         tag = Tag(held, running_digest(self._it.runs()))
         path = f"{POLL}?{ROOT_PARAMETER}={self._it.trust.root_version}"
-        headers = {"If-None-Match": str(tag), "Accept-Encoding": UNSAID}  # said, it would be a tenth of a poll
+        headers = {"If-None-Match": str(tag), "Accept-Encoding": ""}  # said, it would be a tenth of a poll
         try:
             answer = self._it.client.request("GET", path, headers=headers, limit=limits.BUNDLE, deadline=_DEADLINE)
             self._end_exile()
@@ -295,7 +294,7 @@ class Poller:
 
     def _post(self) -> None:
         pending = self._it.outbox.pending()
-        post = EventPost(pending.events, self._it.runs(), self._it.sdk, pending.dropped, self._it.abilities)
+        post = EventPost(pending.events, self._it.runs(), self._it.sdk, pending.dropped, self._it.abilities())
         headers = {"Content-Type": "application/json"}
         body = fields.canonical(post.to_json())
         try:
@@ -351,6 +350,7 @@ class Worker:
         self._poll_loop = Loop("fleet-poll", self._poll_step)
         self._install_loop = Loop("fleet-install", self._install_step)
         self._upload_loop = Loop("fleet-upload", self._upload_step)
+        uploader.stopping = lambda: self._upload_loop.is_stopping
         self._is_running = False
         self._is_unverified = False
         context.on_view = self.obey

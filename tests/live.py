@@ -27,6 +27,8 @@ USER = "admin"
 # Fast clocks: what takes minutes in the field takes a second here.
 FAST = {"FLEET_POLL_INTERVAL": "1", "FLEET_TICK_SECONDS": "0.5", "FLEET_SWEEP_SECONDS": "1"}
 
+KNOWN = 1.1  # seconds: what one process changes, every process that answers polls knows within one
+
 
 @dataclass(frozen=True)
 class LiveServer:

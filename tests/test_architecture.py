@@ -108,11 +108,11 @@ def imported(tree: ast.AST) -> Iterator[str]:
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, "imports here are absolute"
-            yield node.module or ""
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
 
 
 def innocent(name: str) -> bool:
-    return name in INNOCENT or name.startswith(PURE_OURS)
+    return name in INNOCENT or name.rpartition(".")[0] in INNOCENT or name.startswith(PURE_OURS)
 
 
 def called(tree: ast.AST) -> Iterator[str]:
@@ -127,7 +127,7 @@ def called(tree: ast.AST) -> Iterator[str]:
 def test_the_check_of_purity_finds_a_clock_a_file_and_a_die():
     tree = ast.parse("import os, time\nfrom django.db import models\nnow = datetime.datetime.now()\nrandom.random()\n")
 
-    assert [name for name in imported(tree) if not innocent(name)] == ["os", "time", "django.db"]
+    assert [name for name in imported(tree) if not innocent(name)] == ["os", "time", "django.db.models"]
     assert set(called(tree)) & IMPURE_CALLS == {"datetime.now", "random.random"}
 
 

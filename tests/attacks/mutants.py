@@ -54,7 +54,7 @@ TRUST, STORE, WORKER = "device_sdk/trust.py", "device_sdk/store.py", "device_sdk
 TRANSPORT, DOWNLOAD, INSTALL = "device_sdk/transport.py", "device_sdk/download.py", "device_sdk/install.py"
 REHEARSAL, CONFIG, NAMES = "device_sdk/rehearsal.py", "device_sdk/config.py", "device_sdk/protocol/names.py"
 DECODER, FRAMES = "device_sdk/protocol/patches/decoder.py", "device_sdk/protocol/patches/frames.py"
-PATCHING, POLLS = "device_sdk/patching.py", "device_sdk/protocol/polls.py"
+PATCHING, POLLS, TESTING = "device_sdk/patching.py", "device_sdk/protocol/polls.py", "device_sdk/testing.py"
 ASSIGNMENT = "device_sdk/protocol/assignment.py"
 TUF, TUF_PAYLOAD = "tuf/ngclient/_internal/trusted_metadata_set.py", "tuf/api/_payload.py"
 TUF_METADATA, TUF_UPDATER = "tuf/api/metadata.py", "tuf/ngclient/updater.py"
@@ -316,9 +316,8 @@ MUTANTS = (
         Edit(INSTALL, "loaded = self._test(sha)", "self.slot.clear(); loaded = self._test(sha)"),
     )),
     Mutant(40, "the process of its own", (  # under a limit: a machine is not to suffer from a test
-        Edit(INSTALL, "            if self._parts.rehearsal is not None:\n",
-             "            import resource\n            resource.setrlimit(resource.RLIMIT_DATA, (2**30, 2**30))\n"
-             "            if False:\n"),
+        Edit(TESTING, "    if rules is not None:\n",
+             "    import resource\n    resource.setrlimit(resource.RLIMIT_DATA, (2**30, 2**30))\n    if False:\n"),
     )),
     Mutant(40, "the time limit", (
         Edit(REHEARSAL, "ends = time.monotonic() + seconds\n", "ends = time.monotonic() + 15 * seconds\n"),

@@ -6,8 +6,7 @@ import pytest
 
 from device_sdk.protocol.polls import BINDING, POLL
 from tests.attacks.forgery import Forger, keep, part, stranger, text_of, unsigned, with_files
-from tests.attacks.world import assert_unharmed, device_of
-from tests.sdk.loopback import Reply
+from tests.attacks.world import UNCHANGED, assert_unharmed, device_of
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(120)]
 HOUR = 3_600.0
@@ -34,7 +33,7 @@ def test_row_01_an_older_full_view_replayed_is_refused(device):
 
 
 def test_row_02_an_expired_timestamp_is_refused_and_the_model_keeps_serving(device):
-    device.proxy.attack(POLL, Reply(304))
+    device.proxy.attack(POLL, UNCHANGED)
     device.shop.roll_out(device.shop.new_factor())
     recorded = device.shop.ask(device.home)  # newer than what the device holds, and kept back until it is too old
     with assert_unharmed(device):
@@ -47,7 +46,7 @@ def test_row_02_an_expired_timestamp_is_refused_and_the_model_keeps_serving(devi
 
 def test_row_03_endless_304_past_the_expiry_is_reported_stale(device):
     with assert_unharmed(device):
-        device.proxy.attack(POLL, Reply(304))
+        device.proxy.attack(POLL, UNCHANGED)
         device.set_clock(25 * HOUR)
         device.refuses("stale", polled="")
     device.set_clock(0)

@@ -41,7 +41,7 @@ from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption,
 from cryptography.x509.oid import NameOID
 
 from device_sdk import enrolment, publish
-from device_sdk.protocol.polls import EVENTS, POLL, Bundle
+from device_sdk.protocol.polls import EVENTS, INTERVAL_HEADER, POLL, Bundle
 from tests.attacks import ATTACKED
 from tests.live import ROOT, LiveServer
 from tests.sdk.loopback import Asked, Loopback, Reply
@@ -49,6 +49,9 @@ from tests.sdk.world import scaling
 from tests.services import end_with_me
 
 DAY = timedelta(days=1)
+UNCHANGED = Reply(
+    304, b"", {INTERVAL_HEADER: "1"}
+)  # with the tests' interval: without one the device takes five minutes
 PATIENCE = 30.0  # seconds until a test gives up waiting, on a machine that does much else
 POLLS = 12  # what the device has not done after so many polls, one after the other, it does not do
 CALLS = 2_000  # the same, of inferences: what a probation goes by
@@ -397,7 +400,7 @@ class Device:
 
         def hook(_: Asked, honest: Honest) -> Reply:
             if over.is_set():
-                return Reply(304)
+                return UNCHANGED
             answer = honest()
             if answer.status == 200 and self.shop.assigned(Bundle.parse(answer.body), self.name) == version:
                 over.set()

@@ -14,7 +14,7 @@ from device_sdk.protocol import limits
 from device_sdk.protocol.arrays.acceptance import Acceptance, Budgets, Sample, Tolerance
 from device_sdk.protocol.manifest import TensorSpec, digest
 from device_sdk.protocol.polls import BLOBS
-from device_sdk.rehearsal import SLACK, Rules
+from device_sdk.room import SLACK, Rules
 from device_sdk.runtime import RuntimeOptions, load
 from device_sdk.schema import Schema
 from tests.sdk.world import World, answer, failing_on_data, graph, judge, manifest_of, scaling

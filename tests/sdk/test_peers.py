@@ -121,11 +121,11 @@ def test_all_processes_swap_with_the_one_that_updates_and_no_call_fails(world):
     with fleet, processes(world.path, 3) as several:
         eventually(all_answer(several, 1.0))
         update_to(world, fleet, NEW, scaling(2), PATIENT)
-        eventually(all_answer(several, 2.0), seconds=10)
+        eventually(all_answer(several, 2.0))
         fleet._installers["detector"].latest = None
         world.server.assign(world.server.publish(NEXT, scaling(3)))
         fleet.update_once()
-        eventually(all_answer(several, 3.0), seconds=10)
+        eventually(all_answer(several, 3.0))
         assert [each.failed for each in several] == [0, 0, 0]
         assert not any(each.said["updates"] for each in several)
 
@@ -137,9 +137,7 @@ def test_what_the_others_call_ends_a_probation(world):
         eventually(all_answer(several, 1.0))
         update_to(world, fleet, NEW, scaling(2))
         assert fleet.status().models["detector"].state == "probation"
-        eventually(
-            lambda: fleet.status().models["detector"].state == "committed", meanwhile=lambda: judge(fleet), seconds=15
-        )
+        eventually(lambda: fleet.status().models["detector"].state == "committed", meanwhile=lambda: judge(fleet))
         healthy = [event for event in world.server.events if event.kind == "committed"][-1]
         assert healthy.detail["calls"] >= QUICK.calls
         assert fleet.model("detector").stats.calls == 0
@@ -151,9 +149,7 @@ def test_a_release_that_is_bad_in_the_others_is_rolled_back_in_all(world):
     with fleet, processes(world.path, 2) as several:
         eventually(all_answer(several, 1.0))
         update_to(world, fleet, NEW, nan_emitting())
-        eventually(
-            lambda: fleet.status().models["detector"].state == "rolled_back", meanwhile=lambda: judge(fleet), seconds=15
-        )
+        eventually(lambda: fleet.status().models["detector"].state == "rolled_back", meanwhile=lambda: judge(fleet))
         assert answer(fleet) == 1.0
         eventually(all_answer(several, 1.0))
         assert "invalid_rate" in fleet.status().models["detector"].reason
@@ -168,13 +164,13 @@ def test_when_the_updating_process_is_killed_another_takes_over_and_polls(world)
             eventually(all_answer([*others, reader], 1.0))
             assert not any(each.said["updates"] for each in others)
             first.kill()
-            eventually(lambda: any(each.said["updates"] for each in others), seconds=10)
+            eventually(lambda: any(each.said["updates"] for each in others))
             (second,) = [each for each in others if each.said["updates"]]
-            eventually(lambda: str(second.pid) in (world.path / "polls").read_text().split(), seconds=20)
+            eventually(lambda: str(second.pid) in (world.path / "polls").read_text().split())
             assert sum(each.said["updates"] for each in others) == 1
             second.kill()
             (third,) = [each for each in others if each is not second]
-            eventually(lambda: third.said["updates"], seconds=10)
+            eventually(lambda: third.said["updates"])
             assert not reader.said["updates"]
             assert [each.failed for each in (*others, reader)] == [0, 0, 0]
 
@@ -187,12 +183,12 @@ def test_a_trial_whose_updating_process_is_killed_twice_is_rolled_back_by_the_th
         eventually(all_answer(several, 2.0))
         fleet._lock.release()  # as if killed: nothing is closed
         fleet._lock = None
-        eventually(lambda: any(each.said["updates"] for each in several), seconds=10)
+        eventually(lambda: any(each.said["updates"] for each in several))
         (victim,) = [each for each in several if each.said["updates"]]
         assert not Store(world.path / "store").is_bad(trial)
         victim.kill()
         several.remove(victim)
-        eventually(all_answer(several, 1.0), seconds=10)
+        eventually(all_answer(several, 1.0))
         assert Store(world.path / "store").bad_reason(trial) == "crash_loop"
         assert [each.failed for each in several] == [0, 0]
     fleet._worker = None
@@ -205,7 +201,7 @@ def test_a_stopped_model_is_stopped_in_all_processes(world):
         world.server.simulator.withdraw(OLD)
         world.server.assign(None, stop=True)
         fleet.update_once()
-        eventually(all_answer(several, "ModelStoppedError"), seconds=10)
+        eventually(all_answer(several, "ModelStoppedError"))
         assert not any(each.said["updates"] for each in several)
 
 
@@ -218,9 +214,7 @@ def test_samples_of_the_others_are_not_kept_and_counted(world):
         world.server.assign(manifest, sampling=Sampling("c", 1.0, 1_000, now + 300 * DAY))
         fleet.update_once()
         eventually(all_answer(several, 2.0))
-        eventually(
-            lambda: fleet.status().samples_dropped["detector"] > 20, meanwhile=fleet._worker._tell_health, seconds=15
-        )
+        eventually(lambda: fleet.status().samples_dropped["detector"] > 20, meanwhile=fleet._worker._tell_health)
         assert fleet.status().samples_waiting["detector"] == 0
         prove(fleet)
         fleet._worker.spool.drain()

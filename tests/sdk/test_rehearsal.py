@@ -11,7 +11,8 @@ from device_sdk import rehearsal, runtime
 from device_sdk.errors import ModelError, RehearsalError, ShortageError, UntrustedError
 from device_sdk.protocol import limits
 from device_sdk.protocol.manifest import Requirements, digest
-from device_sdk.rehearsal import Rules, rehearse
+from device_sdk.rehearsal import rehearse
+from device_sdk.room import Rules
 from device_sdk.runtime import RuntimeOptions
 from device_sdk.store import Store
 from device_sdk.updater import Progress, Signal, State
@@ -175,7 +176,7 @@ def test_a_shortage_is_waited_out_however_often_and_is_no_crash(tmp_path, monkey
         def short(*_, **__):
             raise ShortageError("none left")
 
-        monkeypatch.setattr("device_sdk.install.rehearse", short)
+        monkeypatch.setattr("device_sdk.testing.rehearse", short)
         for _ in range(4):
             fleet.update_once()
             assert fleet.status().models["detector"].reason == "memory"

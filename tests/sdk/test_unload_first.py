@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from device_sdk import install
+from device_sdk import install, room
 from device_sdk.client import Fleet
 from device_sdk.errors import HeldError, ModelError, QueueFullError, SetupError, StorageError
 from tests.sdk.world import QUICK, World, answer, nan_emitting, prove, scaling, unknown_operator
@@ -129,7 +129,7 @@ def test_trial_that_fails_gives_way_to_the_old_release(world):
 
 @pytest.mark.parametrize(("free", "tight"), [(None, False), (10**12, False), (10**6, True)])
 def test_auto_goes_by_what_is_free(world, monkeypatch, free, tight):
-    monkeypatch.setattr(install, "free_memory", lambda: free)
+    monkeypatch.setattr(room, "free_memory", lambda: free)
     with world.committed(OLD, scaling(1), swap="auto") as fleet:
         manifest = world.server.publish(NEW, scaling(2))
         assert fleet._parts.swap.is_tight(manifest) is tight

@@ -1,5 +1,7 @@
 """Batches travel by announce, put, complete; the local copy goes only after "received"."""
 
+from datetime import date, timedelta
+
 import numpy as np
 import pytest
 
@@ -7,6 +9,7 @@ from device_sdk.errors import TransferError, UnauthorizedError
 from device_sdk.protocol.assignment import Sampling, Window
 from device_sdk.protocol.names import ReleasePath
 from device_sdk.spool import Spool
+from device_sdk.traffic import Clock, Limits, Traffic
 from device_sdk.uploader import Uploader
 from tests.sdk.world import Server, _json
 
@@ -153,3 +156,86 @@ def test_revoked_device_keeps_its_samples(yard):
     with pytest.raises(UnauthorizedError):
         yard.uploader.run()
     assert yard.files() == 1
+
+
+class Metered(Yard):
+    """Uploads under limits, on a clock that only waiting moves."""
+
+    def __init__(self, path, **limits):
+        self.now, self.day, self.limits = 0.0, date(2026, 11, 21), Limits(**limits)
+        super().__init__(path)
+
+    def open(self):
+        super().open()
+        self.spool = Spool(self.path, device="cam-1", max_bytes=10**7, batch_bytes=self.limits.daily // 2 or 2**25)
+        self.spool.configure("detector", NIGHT)
+        clock = Clock(today=lambda: self.day, monotonic=lambda: self.now, wait=self.wait)
+        self.traffic = Traffic(self.path / "uploads.json", self.limits, clock)
+        self.uploader = Uploader(
+            self.server, self.spool, "cam-1", second_of_day=lambda: self.second, traffic=self.traffic
+        )
+
+    def wait(self, seconds):
+        self.now += seconds
+
+    @property
+    def sent(self):
+        return sum(batch["length"] for batch in self.server.batches.values())
+
+
+def test_uploads_keep_to_a_rate(tmp_path):
+    yard = Metered(tmp_path, rate=1_000)
+    yard.offer(20)
+    assert yard.uploader.run().samples == 20
+    assert yard.now == pytest.approx(yard.sent / 1_000, rel=0.01)
+    assert yard.now > 5
+
+
+def test_uploads_keep_to_a_daily_budget_over_restarts_and_go_on_the_next_day(tmp_path):
+    yard = Metered(tmp_path, daily=10_000)
+    yard.offer(60)
+    report = yard.uploader.run()
+    assert report.sent > 0
+    assert report.put_off > 0
+    assert 5_000 < yard.sent <= 10_000
+    yard.open()
+    assert yard.uploader.run(force=True).sent == 0
+    days = 1
+    while yard.spool.waiting()["detector"]:
+        before, yard.day, days = yard.sent, yard.day + timedelta(days=1), days + 1
+        yard.uploader.run()
+        assert 0 < yard.sent - before <= 10_000
+    assert 2 < days < 10
+
+
+def test_sample_that_is_larger_than_a_days_budget_goes_first_on_its_day(tmp_path):
+    yard = Metered(tmp_path, daily=100)
+    yard.offer(2)
+    assert [yard.uploader.run().sent for _ in range(2)] == [1, 0]
+    yard.day += timedelta(days=1)
+    assert [yard.uploader.run().sent for _ in range(2)] == [1, 0]
+    assert yard.files() == 0
+
+
+def test_slow_upload_ends_when_the_device_stops_and_the_batch_stays(tmp_path):
+    yard = Metered(tmp_path, rate=10)
+    yard.offer()
+    yard.uploader.stopping = lambda: yard.now > 3
+    with pytest.raises(TransferError, match="stops"):
+        yard.uploader.run()
+    assert yard.now < 10
+    assert yard.files() == 1
+
+
+def test_deadline_of_an_upload_leaves_time_for_the_rate(tmp_path, monkeypatch):
+    yard, deadlines = Metered(tmp_path, rate=1), []
+    yard.offer()
+    real = yard.server.request
+
+    def request(method, url, **options):
+        deadlines.append(options["deadline"])
+        return real(method, url, **options)
+
+    monkeypatch.setattr(yard.server, "request", request)
+    yard.uploader.run()
+    assert max(deadlines) > yard.sent

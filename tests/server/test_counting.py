@@ -186,9 +186,7 @@ def test_a_tick_asks_for_the_outcomes_of_all_rollouts_at_once_and_for_no_device(
 def captured_tables(look: Any) -> list[str]:
     with CaptureQueriesContext(connection) as captured:
         look()
-    asked = [
-        query["sql"] for query in captured.captured_queries if "SAVEPOINT" not in query["sql"]
-    ]  # of the test alone
+    asked = [query["sql"] for query in captured.captured_queries if "SAVEPOINT" not in query["sql"]]  # the test's
     return [sql.split("FROM ", 1)[-1].split()[0].strip('"') for sql in asked]
 
 

@@ -86,7 +86,7 @@ def test_failing_updates_halt_by_evidence_within_a_generous_failure_budget(clien
 
 
 @pytest.mark.parametrize(("guards", "state", "stage"), [(GUARDS, State.HALTED, 0), (None, State.RUNNING, 1)])
-def test_trap_1_all_devices_are_done_and_all_committed_and_the_stage_passes_only_without_the_guard(
+def test_trap_1_a_stage_whose_devices_all_committed_passes_only_without_the_guard(
     client: Client, guards: Any, state: str, stage: int
 ) -> None:
     fleet = GuardedFleet(client, guards=guards).live(errors=20)
@@ -94,7 +94,7 @@ def test_trap_1_all_devices_are_done_and_all_committed_and_the_stage_passes_only
     assert (fleet.tick().state, fleet.rollout.stage_index) == (state, stage)
 
 
-def test_trap_3_devices_that_commit_and_fall_silent_are_no_evidence_and_hold_the_stage(client: Client) -> None:
+def test_trap_3_devices_that_commit_and_fall_silent_are_no_evidence_and_hold(client: Client) -> None:
     fleet = GuardedFleet(client, guards={**GUARDS, "devices": 3})
     for caller in fleet.exposed:
         fleet.commits(caller)

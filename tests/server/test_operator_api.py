@@ -239,7 +239,8 @@ def test_an_action_in_the_wrong_state_is_refused_with_a_code(api: Api) -> None:
     [
         ({"stages": []}, 422, "stages_malformed"), ({"stages": [{"percent": 50}]}, 422, "stages_malformed"),
         ({"stages": [{"percent": "nan"}]}, 400, "invalid"), ({"stages": "x"}, 400, "invalid"),
-        ({"stages": [{}]}, 422, "stages_malformed"), ({"release": 999}, 400, "invalid"), ({"group": 999}, 400, "invalid"),
+        ({"stages": [{}]}, 422, "stages_malformed"), ({"release": 999}, 400, "invalid"),
+        ({"group": 999}, 400, "invalid"),
         ({"on_failure": "shrug"}, 400, "invalid"), ({"window": {"start": 0, "end": 1440}}, 400, "invalid"),
         ({"window": {"start": 0}}, 400, "invalid"), ({"probation": {"calls": -1}}, 400, "invalid"),
         ({"conditions": {"charging": "perhaps"}}, 400, "invalid"), ({"conditions": {"rate": -1}}, 400, "invalid"),

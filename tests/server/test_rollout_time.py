@@ -132,7 +132,7 @@ def test_terms_that_make_no_sense_are_refused(more: dict[str, Any]) -> None:
 # --- timeouts -----------------------------------------------------------------------------------------------------
 
 
-def test_trap_3_a_device_that_was_seen_and_went_silent_fails_in_time_and_one_never_seen_holds_nobody_up(
+def test_trap_3_a_device_that_goes_silent_fails_in_time_and_one_never_seen_holds_nobody(
     clock: Clock,
 ) -> None:
     good, silent = devices(2)

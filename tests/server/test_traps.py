@@ -30,6 +30,7 @@ TRAPS: dict[int, tuple[str, Sequence[str]]] = {
         f"{HERE}::test_trap_1_a_stage_whose_devices_are_all_done_holds_where_too_few_succeeded",
         "server/test_policy::test_a_stage_passes_only_when_everything_speaks_for_it",
         "server/test_rollouts::test_a_recalled_device_is_neither_success_nor_failure_and_a_stage_waits_for_it",
+        "server/test_guard_evidence::test_trap_1_a_stage_whose_devices_all_committed_passes_only_without_the_guard",
     ]),
     2: ("pausing leaves running groups running", [
         f"{HERE}::test_trap_2_pausing_recalls_every_device_that_has_not_activated_yet",
@@ -38,13 +39,17 @@ TRAPS: dict[int, tuple[str, Sequence[str]]] = {
     3: ("a silent device counts neither as success nor as failure, for ever", [
         "server/test_rollouts::test_a_device_that_goes_silent_with_the_new_release_is_waited_for",
         "server/test_rollouts::test_a_device_that_has_been_offline_since_before_the_stage_is_not_waited_for",
+        "server/test_rollout_time::test_trap_3_a_device_that_goes_silent_fails_in_time_and_one_never_seen_holds_nobody",
+        "server/test_guard_evidence::test_trap_3_devices_that_commit_and_fall_silent_are_no_evidence_and_hold",
     ]),
     4: ("success is whatever the device posts, before it has proved itself", [
         f"{HERE}::test_trap_4_success_is_counted_after_probation_and_only_from_devices_that_were_admitted",
         "server/test_rollouts::test_installing_is_not_yet_success",
         "server/test_rollouts::test_only_committed_is_success_and_only_failures_are_failures",
     ]),
-    5: ("the author of a rollout approves it", []),
+    5: ("the author of a rollout approves it", [
+        "server/test_people::test_trap_5_the_author_of_a_rollout_never_approves_it_not_even_as_a_superuser",
+    ]),
     6: ("poll jitter in the body breaks the entity tag", [
         f"{HERE}::test_trap_6_what_a_device_is_told_is_the_same_at_every_poll_and_jitter_is_its_own",
         "server/test_poll::test_an_idle_poll_is_answered_304_without_a_body",
@@ -54,15 +59,18 @@ TRAPS: dict[int, tuple[str, Sequence[str]]] = {
         f"{HERE}::test_trap_7_a_malformed_threshold_holds",
         f"{HERE}::test_trap_7_a_selector_that_cannot_be_read_admits_nobody",
         "server/test_policy::test_any_doubt_is_hold_or_worse_never_progress",
+        "server/test_guard_evidence::test_trap_7_guards_that_cannot_be_read_hold_and_never_advance",
         "server/test_selection::test_any_text_parses_or_is_refused_and_never_means_every_device_by_accident",
     ]),
     8: ("counters are incremented, and race", [
         f"{HERE}::test_trap_8_counts_are_computed_so_telling_twice_counts_once",
         "server/test_rollouts::test_of_two_engines_that_decide_at_once_one_acts",
         "server/test_rollouts::test_of_two_people_who_act_at_once_one_is_told_to_look_again",
+        "server/test_chaos::test_trap_8_counts_are_computed_and_changes_are_claimed",
     ]),
     9: ("polls write rows and block rollouts", [
         "server/test_poll::test_an_idle_poll_writes_nothing_and_asks_little",
+        "server/test_fast_poll::test_trap_9_a_poll_writes_nothing_and_so_holds_no_rollout_up",
     ]),
     10: ("the device's credential is sent on to another host", [
         "sdk/test_transport::test_a_redirect_to_a_pinned_host_is_followed_without_the_credential",
@@ -74,14 +82,18 @@ TRAPS: dict[int, tuple[str, Sequence[str]]] = {
     ]),
     12: ("what a device denied is offered again at each poll", [
         f"{HERE}::test_trap_12_what_failed_on_a_device_is_not_offered_again_even_as_a_step_on_the_way",
+        "server/test_people::test_trap_12_what_was_denied_is_never_offered_again",
         "server/test_rollouts::test_a_device_that_failed_is_not_offered_the_release_again",
         "server/test_poll::test_a_failure_takes_the_release_away_from_the_device_with_the_next_poll",
     ]),
     13: ("a periodic scan of all devices loads the database", [
         f"{HERE}::test_trap_13_a_new_device_is_admitted_without_any_scan_or_row_of_its_own",
+        "server/test_fast_poll::test_trap_13_what_is_looked_at_now_and_then_does_not_grow_with_the_fleet",
+        "server/test_guard_evidence::test_trap_13_what_a_tick_asks_does_not_grow_with_the_fleet",
+        "server/test_counting::test_trap_13_a_tick_asks_as_much_of_nine_hundred_devices_as_of_ten",
     ]),
 }  # fmt: skip
-AWAITED = {5}  # no approvals here yet: whoever brings them names their test above, and takes it out of this set
+AWAITED: set[int] = set()  # traps that nothing holds yet
 
 
 @cache

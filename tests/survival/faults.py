@@ -24,6 +24,7 @@ from device_sdk.install import Clock
 from device_sdk.protocol.manifest import digest
 from device_sdk.protocol.polls import BLOBS, POLL
 from tests.attacks.world import Hook, Proxy, Shop, proxy_to
+from tests.live import KNOWN
 from tests.sdk.loopback import Asked, Reply
 from tests.sdk.world import graph, scaling
 
@@ -359,6 +360,7 @@ def wrong_byte(shop: Shop) -> WrongByte:
             device.line.on_files(wrong)
             said, kept = device.try_once(), device.answer()
             device.line.heal()
+            time.sleep(KNOWN)
             device.skipped += 4_000.0
             return WrongByte(said, kept, (device.try_once(), device.answer()))
         finally:

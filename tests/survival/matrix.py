@@ -90,15 +90,18 @@ RIGHT = {OLD_SHA: expected(OLD, OLD_BLOBS), NEW_SHA: expected(NEW, NEW_BLOBS)}
 
 @dataclass(frozen=True)
 class Course:
-    """`before`: whether the old release stands. `take` tells what it has done."""
+    """`before`: whether the old release stands, `rejected`: and the new one was rejected. `take` tells what it does."""
 
     name: str
     before: bool
     take: Callable[[Store, Told], None]
+    rejected: bool = False
 
     def begin(self, home: Path) -> None:
         if self.before:
             install(Store(home, UnsyncedOps()), OLD, OLD_BLOBS)
+        if self.rejected:
+            _update_and_reject(Store(home, UnsyncedOps()), Told())
 
     def run(self, home: Path, ops: FileOps, kind: type[Store] = Store) -> tuple[Told, bool]:
         """Take it as far as it goes. What was acknowledged; whether it was cut."""
@@ -135,9 +138,15 @@ def _update_and_reject(store: Store, told: Told) -> None:
     store.collect_garbage()
 
 
+def _forgive(store: Store, told: Told) -> None:
+    store.forgive(NEW_SHA)
+    told.steps.append("forgiven")
+
+
 FIRST = Course("first install", before=False, take=_update)
 UPDATE = Course("update", before=True, take=_update)
 REJECT = Course("update and rollback", before=True, take=_update_and_reject)
+FORGIVE = Course("forgiveness", before=True, take=_forgive, rejected=True)
 COURSES = (FIRST, UPDATE, REJECT)
 
 
@@ -196,6 +205,8 @@ def _forgotten(course: Course, store: Store, told: Told, current: str | None) ->
         return "ADMITTED FILE IS GONE"
     if "rejected" in told.steps and (current != old or not is_bad or store.bad_reason(NEW_SHA) != WHY):
         return "REJECTION WAS FORGOTTEN"
+    if "forgiven" in told.steps and is_bad:
+        return "FORGIVENESS WAS FORGOTTEN"
     if "trial" in told.steps and not is_bad and current != NEW_SHA:
         return "ACKNOWLEDGED SWITCH WAS FORGOTTEN"
     if "committed" in told.steps and store.state(MODEL) != ModelState(active=NEW_SHA, previous=old):
@@ -265,7 +276,7 @@ def losses(
     folder: Path,
     *,
     every: int = 1,
-    courses: tuple[Course, ...] = COURSES,
+    courses: tuple[Course, ...] = (*COURSES, FORGIVE),
     kind: type[Store] = Store,
     forgets: str | None = None,
     enough: int = 0,

@@ -10,7 +10,7 @@ from types import ModuleType
 from device_sdk import store
 from device_sdk.store import Store
 from tests.survival import matrix
-from tests.survival.matrix import FIRST, REJECT, UPDATE, Course
+from tests.survival.matrix import FIRST, FORGIVE, REJECT, UPDATE, Course
 from tests.survival.outcome import Step, Tried
 
 SYNCS = frozenset({"sync", "sync_directory"})
@@ -19,6 +19,7 @@ FORGOTTEN = {
     ".part": UPDATE, ".json.tmp": UPDATE, ".state.json.tmp": UPDATE, ".bad.tmp": REJECT,
     "blobs/": UPDATE, "manifests/": UPDATE, "store/": UPDATE,
 }  # fmt: skip
+ALL = (FORGIVE, FIRST, UPDATE, REJECT)  # the short one first: a mutant needs one that notices it
 _SOURCE = Path(store.__file__)
 
 
@@ -63,7 +64,7 @@ def notices(folder: Path, *, enough: int = 0, step: Step = lambda _: None) -> It
     for line, text in syncs():
         step(f"without line {line}, {text}")
         with without(line) as kind:
-            yield f"store.py:{line} {text}", _lost(folder / f"sync-{line}", (FIRST, UPDATE, REJECT), enough, kind=kind)
+            yield f"store.py:{line} {text}", _lost(folder / f"sync-{line}", ALL, enough, kind=kind)
     for name, course in FORGOTTEN.items():
         step(f"forgets to sync {name}")
         yield f"forgets to sync {name}", _lost(folder / name.strip("/"), (course,), enough, forgets=name)
