@@ -1,5 +1,6 @@
 """Counts over the whole fleet: the same as one device after the other, and no dearer with more devices."""
 
+from dataclasses import replace
 from datetime import timedelta
 from typing import Any
 
@@ -29,6 +30,13 @@ ago = lambda **span: timezone.now() - timedelta(**span)  # noqa: E731
 VERSIONS = ("1.0.0", "1.1.0", "1.2.0")
 WHEN_IT_BEGAN = -1  # instead of minutes: at the very moment of the first rollout's stage
 RUNS = st.sampled_from([None, {}, *({"digits": f"{version}/default"} for version in VERSIONS)])
+
+
+@pytest.fixture(autouse=True)
+def _nothing_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tallies.Tallies, "_last", None)
+    monkeypatch.setattr(tallies.Tallies, "_kept", {})
+
 
 # Each rollout: version, state, percent, its group's site, minutes since its stage began, excludes, ring.
 ROLLOUTS = st.lists(
@@ -77,10 +85,6 @@ def entry(*outcomes: str, runs: Any = None, seen: int | None = 0, status: str = 
 @settings(max_examples=30, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 @given(drawn=ROLLOUTS, entries=DEVICES)
 def test_the_fast_counts_are_those_of_one_device_after_the_other(drawn: list[Any], entries: list[Any]) -> None:
-    compare_in(drawn, entries)
-
-
-def compare_in(drawn: list[Any], entries: list[Any]) -> None:
     with transaction.atomic():
         rollouts = make_rollouts(drawn)
         make_devices(entries, rollouts)
@@ -193,6 +197,7 @@ def captured_tables(look: Any) -> list[str]:
 def test_a_large_fleet_is_counted_again_only_when_the_older_count_would_pass(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tallies, "LARGE", 5)
     monkeypatch.setattr(tallies, "SHARE", 1e9)
+    monkeypatch.setattr(tallies, "LOOKS", 0)
     looks = []
     count = tallies.counted
     monkeypatch.setattr(tallies, "counted", lambda *given: looks.append(1) or count(*given))
@@ -202,6 +207,27 @@ def test_a_large_fleet_is_counted_again_only_when_the_older_count_would_pass(mon
         services.tick()
         assert len(looks) == (1 if number < 8 else 2)
         assert Rollout.objects.get().state == (State.RUNNING if number < 8 else State.COMPLETED)
+
+
+def test_a_large_fleet_is_looked_at_seldom_and_an_older_look_never_passes_a_stage(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(tallies, "LARGE", 5)
+    monkeypatch.setattr(tallies, "LOOKS", 1e9)
+    monkeypatch.setattr(tallies, "SHARE", 0)
+    entries, rollout = devices(10), running(release("1.1.0"), stages=[StagePlan(100, success_threshold=1.0)])
+    Outcome.objects.create(rollout=rollout, device=entries[0], state="committed")
+    services.tick()
+    assert "1 of 10 committed" in Rollout.objects.get().reason
+    Device.objects.filter(pk__in=[each.pk for each in entries[1:]]).update(state=Device.State.REVOKED)
+    newcomer = device("newcomer")
+    for each in [*entries[1:], newcomer]:
+        Outcome.objects.create(rollout=rollout, device=each, state="committed")
+    assert "devices_device" not in captured_tables(services.tick)
+    assert Rollout.objects.get().reason == "the admitted devices are not counted"
+    tallies.Tallies._last = replace(tallies.Tallies._last, until=0.0)
+    services.tick()
+    assert Rollout.objects.get().state == State.COMPLETED
 
 
 def test_a_tick_without_time_holds_and_the_next_one_gets_further(monkeypatch: pytest.MonkeyPatch) -> None:
