@@ -9,6 +9,7 @@ from django.conf import settings
 from django.db.models import Count, Q, QuerySet
 from django.utils import timezone
 
+from fleet import sql
 from fleet.devices.matching import chosen, selector_of
 from fleet.devices.models import Device, Group, RunningSet, SpreadSample
 from fleet.devices.selection import Selector
@@ -23,6 +24,15 @@ def running_set(device: Device, digest: str) -> RunningSet | None:
     if device.runs is not None and device.runs.digest == digest:
         return device.runs
     return RunningSet.objects.filter(digest=digest).first()
+
+
+def claimed(device: int, epoch: int) -> Device | None:
+    """A device by what its credential says, with its running set."""
+    found = sql.one(Device.objects.raw("SELECT * FROM devices_device WHERE id = %s AND epoch = %s", [device, epoch]))
+    if found is not None and found.runs_id is not None:
+        known = RunningSet.objects.raw("SELECT * FROM devices_runningset WHERE id = %s", [found.runs_id])
+        found.runs = sql.one(known)
+    return found
 
 
 def members(group: Group | None) -> Iterator[Device]:
