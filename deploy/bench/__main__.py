@@ -12,6 +12,7 @@ from rich.console import Console
 
 from deploy.bench import (
     delta,
+    fleets,
     footprint,
     guards,
     plateau,
@@ -32,7 +33,7 @@ OF_DEVICES = {
     "wrapper": wrapper, "swap": swap, "plateau": plateau, "startup": startup, "store": store, "memory": footprint,
     "delta": delta, "guards": guards,
 }  # fmt: skip
-OF_SERVERS = {"poll": poll, "signing": signing, "wire": wire}
+OF_SERVERS = {"poll": poll, "signing": signing, "wire": wire, "fleet": fleets}
 NAMES = (*OF_DEVICES, *OF_SERVERS)
 
 

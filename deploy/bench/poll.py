@@ -20,12 +20,12 @@ from deploy.bench.wire import granian
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 CONNECTIONS = 8
-TURNS = 11
+TURNS = 9
 REST = 1.2  # marks are written every second
 CORES = sorted(os.sched_getaffinity(0))
 NOTES = (
     "CPU of granian with all its threads, HTTP included. The servers are held to one core, and who asks to another.",
-    "SQLite. A turn is 1,000 different devices, each once, over 8 kept connections.",
+    "SQLite, which writes in the same process. A turn is 1,000 different devices, each once, over 8 kept connections.",
     "Afterwards: what a process does by itself in the next 1.2 s: two looks at the change log, marks of last seen.",
     "The plain poll is DRF with its token look-up, the ORM and an UPDATE, through the same middleware and server.",
     "100 rollouts: 99 that admit a tenth of a percent each stand before the one that admits all.",
@@ -57,13 +57,13 @@ class Target:
                 stack.enter_context(socket.create_connection(("127.0.0.1", self.port), 60)) for _ in range(CONNECTIONS)
             ]
             self._ask_each(connections)
-            before = _cpu(self.pid)
+            before = cpu(self.pid)
             for _ in range(rounds):
                 self._ask_each(connections)
-            asked = _cpu(self.pid)
+            asked = cpu(self.pid)
         time.sleep(rest)
         per_call = rounds * CONNECTIONS * 1_000
-        return Spent((asked - before) / per_call, (_cpu(self.pid) - asked) / per_call)
+        return Spent((asked - before) / per_call, (cpu(self.pid) - asked) / per_call)
 
     def until_from_memory(self, number: int) -> None:
         """Every device has polled, and is answered without Django; which says so in its Server header."""
@@ -95,12 +95,12 @@ class Target:
 
 
 def measure(folder: Path, scale: Scale, _server: Server) -> Section:
-    sizes = {"few": (1_000, 1), "many": (scale.devices, 1), "rollouts": (1_000, 100)}
+    sizes = {"few": (1_000, 1), "rollouts": (1_000, 100), "many": (scale.devices, 1)}
     if scale.devices < 1_000:
         sizes = {"few": (scale.devices, 3)}  # it proves that it runs
     with ExitStack() as stack:
         stack.callback(os.sched_setaffinity, 0, CORES)
-        fleets = {name: stack.enter_context(_fleet(folder / name, *size)) for name, size in sizes.items()}
+        fleets = {name: stack.enter_context(resting_fleet(folder / name, *size)) for name, size in sizes.items()}
         few = fleets["few"]
         targets = {
             "hello": few.target(few.hello, b"HTTP/1.1 200"),
@@ -127,12 +127,13 @@ def measure(folder: Path, scale: Scale, _server: Server) -> Section:
 
 
 def _turns(targets: dict[str, Target], scale: Scale) -> dict[str, list[Spent]]:
-    """Each target's in every round, but for the first, which warms up."""
+    """Each target's in every round, but for the first, which warms up. The first and the last rest afterwards."""
     turns: dict[str, list[Spent]] = {name: [] for name in targets}
     calls, rest = scale.calls // 2, REST if scale.calls >= 1_000 else 0.6
+    first, *_, last = targets
     for number in range(min(TURNS, scale.rounds) + 1):
         for name, target in targets.items():
-            spent = target.turn(calls // 10 if name == "plain" else calls, rest)
+            spent = target.turn(calls // 10 if name == "plain" else calls, rest if name in {first, last} else 0)
             if number:
                 turns[name].append(spent)
     return turns
@@ -166,7 +167,9 @@ class Fleet:
 
 
 @contextmanager
-def _fleet(folder: Path, devices: int, rollouts: int) -> Iterator[Fleet]:
+def resting_fleet(
+    folder: Path, devices: int, rollouts: int, application: str = "deploy.bench.hello:application"
+) -> Iterator[Fleet]:
     folder.mkdir(parents=True)
     command = [sys.executable, "-m", "deploy.bench.crowd", str(folder), str(devices), str(rollouts)]
     subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
@@ -174,12 +177,12 @@ def _fleet(folder: Path, devices: int, rollouts: int) -> Iterator[Fleet]:
     own = {"FLEET_VAR": str(folder), "FLEET_DATABASE_URL": f"sqlite:///{folder / 'fleet.sqlite3'}"}
     os.sched_setaffinity(0, CORES[-1:])  # which the server inherits. Left alone, threads that wait for each other
     # across cores make one process cost twice what its twin does
-    with granian({**os.environ, **own}, "deploy.bench.hello:application") as (port, pid):
+    with granian({**os.environ, **own}, application) as (port, pid):
         os.sched_setaffinity(0, CORES[:-1] or CORES)
         yield Fleet(port, pid, [request.encode() for request in made["polls"]], made["plain"].encode())
 
 
-def _cpu(pid: int) -> int:
+def cpu(pid: int) -> int:
     """Nanoseconds of a process and its children, all threads."""
     return sum(
         int(path.read_text().split()[0])
