@@ -14,7 +14,7 @@ WORKERS ?= 2
 PYTEST := $(BIN)/python -m pytest -n $(WORKERS)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint mutants conformance fuzz audit-deps bench drill serve screenshots lock clean
+.PHONY: help demo test lint mutants conformance fuzz audit-deps bench load drill serve screenshots lock clean
 
 help: ## What can be made
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' Makefile
@@ -58,6 +58,9 @@ audit-deps: $(TEST) ## Are the locked packages free of known faults? Says so whe
 
 bench: $(DEMO) ## Measure what it costs beside baselines; writes deploy/bench/RESULTS.md
 	$(BIN)/python -m deploy.bench $(ARGS)
+
+load: $(DEMO) ## Many devices' polls at the real server here, with and without keep-alive; ARGS="--connections 10000"
+	$(BIN)/python -m deploy.load $(ARGS)
 
 drill: $(TEST) ## Kill, cut off, fill up and wear out devices in every way promised, and print what comes of it; ARGS="--only store"
 	@$(BIN)/python -m tests.survival $(ARGS)

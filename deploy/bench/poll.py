@@ -57,13 +57,13 @@ class Target:
                 stack.enter_context(socket.create_connection(("127.0.0.1", self.port), 60)) for _ in range(CONNECTIONS)
             ]
             self._ask_each(connections)
-            before = _cpu(self.pid)
+            before = cpu(self.pid)
             for _ in range(rounds):
                 self._ask_each(connections)
-            asked = _cpu(self.pid)
+            asked = cpu(self.pid)
         time.sleep(rest)
         per_call = rounds * CONNECTIONS * 1_000
-        return Spent((asked - before) / per_call, (_cpu(self.pid) - asked) / per_call)
+        return Spent((asked - before) / per_call, (cpu(self.pid) - asked) / per_call)
 
     def until_from_memory(self, number: int) -> None:
         """Every device has polled, and is answered without Django; which says so in its Server header."""
@@ -100,7 +100,7 @@ def measure(folder: Path, scale: Scale, _server: Server) -> Section:
         sizes = {"few": (scale.devices, 3)}  # it proves that it runs
     with ExitStack() as stack:
         stack.callback(os.sched_setaffinity, 0, CORES)
-        fleets = {name: stack.enter_context(_fleet(folder / name, *size)) for name, size in sizes.items()}
+        fleets = {name: stack.enter_context(resting_fleet(folder / name, *size)) for name, size in sizes.items()}
         few = fleets["few"]
         targets = {
             "hello": few.target(few.hello, b"HTTP/1.1 200"),
@@ -167,7 +167,9 @@ class Fleet:
 
 
 @contextmanager
-def _fleet(folder: Path, devices: int, rollouts: int) -> Iterator[Fleet]:
+def resting_fleet(
+    folder: Path, devices: int, rollouts: int, application: str = "deploy.bench.hello:application"
+) -> Iterator[Fleet]:
     folder.mkdir(parents=True)
     command = [sys.executable, "-m", "deploy.bench.crowd", str(folder), str(devices), str(rollouts)]
     subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
@@ -175,12 +177,12 @@ def _fleet(folder: Path, devices: int, rollouts: int) -> Iterator[Fleet]:
     own = {"FLEET_VAR": str(folder), "FLEET_DATABASE_URL": f"sqlite:///{folder / 'fleet.sqlite3'}"}
     os.sched_setaffinity(0, CORES[-1:])  # which the server inherits. Left alone, threads that wait for each other
     # across cores make one process cost twice what its twin does
-    with granian({**os.environ, **own}, "deploy.bench.hello:application") as (port, pid):
+    with granian({**os.environ, **own}, application) as (port, pid):
         os.sched_setaffinity(0, CORES[:-1] or CORES)
         yield Fleet(port, pid, [request.encode() for request in made["polls"]], made["plain"].encode())
 
 
-def _cpu(pid: int) -> int:
+def cpu(pid: int) -> int:
     """Nanoseconds of a process and its children, all threads."""
     return sum(
         int(path.read_text().split()[0])

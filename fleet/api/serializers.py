@@ -12,6 +12,7 @@ from fleet.feedback.models import Batch, Campaign
 from fleet.releases import selectors as release_selectors
 from fleet.releases.models import Model, Release, Variant
 from fleet.rollouts import evidence, objective, selectors
+from fleet.rollouts.counting import summary
 from fleet.rollouts.explaining import Explanation
 from fleet.rollouts.forecast import VERDICTS, Forecast
 from fleet.rollouts.models import GuardReading, Rollout, RolloutAction, Stage
@@ -213,8 +214,11 @@ class RolloutDetailSerializer(RolloutSerializer):
     def get_readings(self, rollout: Rollout) -> Any:
         return GuardReadingSerializer(evidence.readings(rollout), many=True).data
 
-    def get_progress(self, rollout: Rollout) -> ProgressSerializer:
-        return ProgressSerializer(selectors.progress(rollout)).data  # type: ignore[return-value]  # for the schema
+    @extend_schema_field(ProgressSerializer(allow_null=True))
+    def get_progress(self, rollout: Rollout) -> Any:
+        """Of a large fleet null until it was counted, which takes a minute."""
+        found = summary.progress(rollout)
+        return ProgressSerializer(found.progress).data if found.progress else None
 
     @extend_schema_field(ForecastSerializer(allow_null=True))
     def get_forecast(self, rollout: Rollout) -> Any:

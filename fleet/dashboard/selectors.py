@@ -399,7 +399,9 @@ def in_flight() -> Now:
 
 def rollout_card(rollout: Rollout) -> RolloutCard:
     key = f"dashboard-rollout-{rollout.pk}.{rollout.state}.{rollout.stage_index}"
-    return next(_cards([rollout], costly(key, lambda: summary.of_rollout(rollout))))
+    found = costly(key, lambda: summary.progress(rollout))
+    counted = {rollout.pk: found.progress} if found.progress else {}
+    return next(_cards([rollout], summary.Summary(counted, 0, {}, (), found.as_of)))
 
 
 def _cards(shown: Sequence[Rollout], found: summary.Summary) -> Iterator[RolloutCard]:

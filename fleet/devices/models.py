@@ -83,7 +83,7 @@ class Device(models.Model):
         ordering: ClassVar = ["name"]
         # What pages and the engine ask of the whole fleet, each answered from an index alone.
         indexes: ClassVar = [
-            models.Index(fields=["runs", "state"], name="devices_by_runs"),
+            models.Index(fields=["runs"], condition=Q(state="active"), name="active_by_runs"),
             models.Index(fields=["id"], condition=Q(state="active") & ~Q(pins={}), name="active_with_pins"),
             models.Index(fields=["id"], condition=Q(state="active") & ~Q(refusal={}), name="active_refusing"),
             models.Index(fields=["state"], condition=~Q(state="active"), name="not_active_by_state"),

@@ -49,8 +49,17 @@ class Preview:
 
 
 def preview(selector: Selector) -> Preview:
-    found = chosen(selector)
+    return previewed(chosen(selector))
+
+
+def previewed(found: QuerySet[Device]) -> Preview:
     return Preview(found.count(), list(found.order_by("name")[:PREVIEWED]))
+
+
+def with_model(model: str) -> Q:
+    """Devices that run the model, by the few sets of names that there are. No database's own JSON is needed."""
+    names = Device.objects.order_by().values_list("model_names", flat=True).distinct()
+    return Q(model_names__in=[each for each in names if model in each])
 
 
 def refusing() -> QuerySet[Device]:

@@ -5,20 +5,24 @@ from datetime import datetime, timedelta
 from django.utils import timezone
 
 from fleet.rollouts import approval, selectors
-from fleet.rollouts.forecast import Adoption, Forecast, Objective, forecast
+from fleet.rollouts.counting import summary
+from fleet.rollouts.forecast import UNKNOWN, Adoption, Forecast, Objective, forecast
 from fleet.rollouts.models import Outcome, Rollout
 
 SHORTEST, LONGEST = timedelta(hours=1), timedelta(days=1)  # of the recent past that a forecast looks at
 
 
 def of(rollout: Rollout, *, progress: selectors.Progress | None = None, now: datetime | None = None) -> Forecast | None:
-    """None where nothing is aimed at, or it has not begun."""
+    """None where nothing is aimed at, or it has not begun. Of a large fleet by the last count, see `summary`."""
     if rollout.objective_percent is None or rollout.objective_days is None or rollout.started_at is None:
         return None
     now = now or timezone.now()
     objective = Objective(rollout.objective_percent, rollout.objective_days)
-    adoption = _adoption(rollout, progress or selectors.progress(rollout), now)
-    return forecast(objective, adoption, started=rollout.started_at, now=now)
+    found = progress or summary.progress(rollout).progress
+    if found is None:
+        deadline = rollout.started_at + timedelta(days=objective.days)
+        return Forecast(UNKNOWN, "the devices are being counted: look again in a minute", 0.0, deadline)
+    return forecast(objective, _adoption(rollout, found, now), started=rollout.started_at, now=now)
 
 
 def _adoption(rollout: Rollout, progress: selectors.Progress, now: datetime) -> Adoption:

@@ -5,10 +5,12 @@ from datetime import timedelta
 from django.utils import timezone
 
 from fleet.devices.models import Device
+from fleet.rollouts import evidence
 from fleet.rollouts.counting import groups
 from fleet.rollouts.counting import roster as rosters
+from fleet.rollouts.guards import Terms
 from fleet.rollouts.models import Rollout
-from fleet.rollouts.simulation.scenario import Quality, Scenario, Stage
+from fleet.rollouts.simulation.scenario import Quality, Scenario, Stage, playable
 
 DAY = 86_400 * 1_000_000  # microseconds
 MONTH = 30
@@ -37,4 +39,5 @@ def of_rollout(rollout: Rollout, failing: float) -> Scenario:
         arriving=min(1.0, new / max(len(roster.ids), 1)),
         rare=min(0.5, float(silent)),
         salt=rollout.salt,
+        guards=playable(evidence.terms_of(rollout) or Terms()),
     )

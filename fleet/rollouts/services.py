@@ -282,7 +282,7 @@ def _begin_by_itself(rollout: Rollout) -> None:
 
 def _step(rollout: Rollout, tallies: Tallies, moment: Moment) -> None:
     rules, now = replace(_stage_rules(rollout), since=engine_clock.counted_since(rollout, moment)), moment.now
-    throttle.widen(rollout, rules.percent, now)
+    throttle.widen(rollout, rules.percent, now, said=tallies.said(rollout), roster=tallies.roster)
     asked = evidence.ask(rollout, now)
     decision = policy.next_step(rules, tallies.of(rollout, rules, now), now)
     try:

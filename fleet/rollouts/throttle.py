@@ -1,20 +1,25 @@
 """Widen what a stage admits, at ticks, where its rollout limits updates in flight or starts a minute. See `limits`."""
 
 from array import array
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import datetime
 from time import monotonic
 
+import numpy as np
 from django.conf import settings
 
-from device_sdk.protocol.cohorts import cohort
-from fleet.rollouts import limits, snapshots, targeting
+from fleet.rollouts import limits, snapshots
+from fleet.rollouts.counting import groups
+from fleet.rollouts.counting.cohorts import OverBudgetError, Places
+from fleet.rollouts.counting.roster import Roster
 from fleet.rollouts.models import Outcome, Rollout
 
 SETTLED_POLLS = 1.5  # intervals after which whoever is online has polled and reported
 KEPT, KEPT_SECONDS = 32, 60.0  # groups whose cohorts are kept in this process, and for how long
+BUDGET = 0.5  # seconds of a tick in which a rollout's devices are hashed; what is left over waits for the next one
 
 _kept: dict[str, tuple[float, "array[int]"]] = {}  # by the rollout's salt
+_places = Places(KEPT)
 
 
 def beginning(rollout: Rollout) -> float | None:
@@ -22,15 +27,20 @@ def beginning(rollout: Rollout) -> float | None:
     return 0.0 if rollout.max_in_flight or rollout.starts_per_minute else None
 
 
-def widen(rollout: Rollout, ceiling: float, now: datetime) -> None:
-    """Admit as many more as there is room for. A claim: of two engines one does."""
+def widen(
+    rollout: Rollout, ceiling: float, now: datetime, *, said: dict[str, int], roster: Callable[[], Roster]
+) -> None:
+    """Admit as many more as there is room for. A claim: of two engines one does. `said`: devices by outcome."""
     if rollout.reach is None or rollout.reach >= ceiling:
         return
-    cohorts = _cohorts(rollout)
+    try:
+        cohorts = _cohorts(rollout, roster)
+    except OverBudgetError:
+        return  # a large group is hashed over several ticks; until then nobody more is admitted
     seconds = (now - (rollout.reach_at or rollout.stage_since or now)).total_seconds()
     rules = limits.Limits(rollout.max_in_flight, rollout.starts_per_minute)
     granted = limits.granted(cohorts, rollout.reach)
-    more = limits.room(rules, _load(rollout, max(seconds, 0.0)), granted)
+    more = limits.room(rules, _load(said, max(seconds, 0.0)), granted)
     reach = limits.wider(rollout.reach, ceiling, more, cohorts) if more else rollout.reach
     if reach == rollout.reach:
         return
@@ -40,23 +50,23 @@ def widen(rollout: Rollout, ceiling: float, now: datetime) -> None:
     rollout.reach = reach
 
 
-def _cohorts(rollout: Rollout) -> Sequence[int]:
-    """Of the devices that it is for, sorted; two bytes each, looked up once a minute."""
+def _cohorts(rollout: Rollout, roster: Callable[[], Roster]) -> Sequence[int]:
+    """Of the devices that it is for, sorted; two bytes each, looked up once a minute, and hashed once."""
     kept = _kept.get(rollout.salt)
     if kept is None or monotonic() - kept[0] > KEPT_SECONDS:
-        model = rollout.release.model.name
-        found = (cohort(rollout.salt, row.name) for row in targeting.devices(rollout) if model in row.model_names)
-        kept = _kept[rollout.salt] = (monotonic(), array("H", sorted(found)))
+        everyone = roster()
+        ids = everyone.ids[groups.places_of(rollout, everyone)]
+        found = np.sort(_places.of(rollout.salt, ids, until=monotonic() + BUDGET))
+        kept = _kept[rollout.salt] = (monotonic(), array("H", found.tobytes()))
         for salt in [*_kept][:-KEPT]:
             _kept.pop(salt, None)
     return kept[1]
 
 
-def _load(rollout: Rollout, seconds: float) -> limits.Load:
-    rows = Outcome.objects.filter(rollout=rollout)
+def _load(said: dict[str, int], seconds: float) -> limits.Load:
     return limits.Load(
-        heard=rows.count(),
-        updating=rows.filter(state=Outcome.State.UPDATING).count(),
+        heard=sum(said.values()),
+        updating=said[Outcome.State.UPDATING],
         seconds=seconds,
         settled=seconds >= SETTLED_POLLS * settings.POLL_INTERVAL,
     )

@@ -1,5 +1,6 @@
 """Counts over the whole fleet: the same as one device after the other, and no dearer with more devices."""
 
+from dataclasses import replace
 from datetime import timedelta
 from typing import Any
 
@@ -8,17 +9,18 @@ import pytest
 from django.db import connection, transaction
 from django.test.utils import CaptureQueriesContext
 from django.utils import timezone
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from device_sdk.protocol.cohorts import cohort
 from fleet.devices.models import Device, Group, ModelStatus
-from fleet.rollouts import policy, selectors, services, snapshots, tasks
+from fleet.rollouts import objective, policy, selectors, services, snapshots, tasks
 from fleet.rollouts.counting import admission, cohorts, summary, survey, tallies
 from fleet.rollouts.counting.admission import Admission
-from fleet.rollouts.counting.cohorts import Cohorts, OverBudgetError
+from fleet.rollouts.counting.cohorts import Cohorts, OverBudgetError, Places
 from fleet.rollouts.models import Outcome, Rollout
 from fleet.rollouts.services import StagePlan
+from fleet.rollouts.terms.pace import Pace
 from tests.fleet_world import completed, device, devices, group, release, running
 from tests.server import slow_counts
 
@@ -26,7 +28,15 @@ pytestmark = pytest.mark.django_db
 State = Rollout.State
 ago = lambda **span: timezone.now() - timedelta(**span)  # noqa: E731
 VERSIONS = ("1.0.0", "1.1.0", "1.2.0")
+WHEN_IT_BEGAN = -1  # instead of minutes: at the very moment of the first rollout's stage
 RUNS = st.sampled_from([None, {}, *({"digits": f"{version}/default"} for version in VERSIONS)])
+
+
+@pytest.fixture(autouse=True)
+def _nothing_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tallies.Tallies, "_last", None)
+    monkeypatch.setattr(tallies.Tallies, "_kept", {})
+
 
 # Each rollout: version, state, percent, its group's site, minutes since its stage began, excludes, ring.
 ROLLOUTS = st.lists(
@@ -47,7 +57,7 @@ DEVICES = st.lists(
     st.tuples(
         st.sampled_from(["north", "south"]),
         RUNS,
-        st.sampled_from([None, 0, 5, 30, 120]),
+        st.sampled_from([None, 0, 5, 30, 120, WHEN_IT_BEGAN]),
         st.sampled_from(["", "", "", "1.0.0", "0.9.0"]),
         st.lists(st.sampled_from(["", *Outcome.State.values]), min_size=4, max_size=4),
         st.sampled_from(["", "waiting 1.1.0", "testing 1.1.0", "committed 1.0.0", "waiting 1.2.0"]),
@@ -59,7 +69,20 @@ DEVICES = st.lists(
 )
 
 
-@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
+def rolled(version: str, *, state: str = State.RUNNING, percent: float = 100.0, exclude: str = "") -> tuple[Any, ...]:
+    return (version, state, percent, "", 60, exclude, "")
+
+
+def entry(*outcomes: str, runs: Any = None, seen: int | None = 0, status: str = "", refuses: bool = False) -> Any:
+    """`outcomes` by rollout, the oldest first."""
+    padded = [*outcomes, "", "", "", ""][:4]
+    return ("north", runs, seen, "", padded, status, refuses, ["digits"], Device.State.ACTIVE)
+
+
+@example([rolled("1.1.0"), rolled("1.2.0")], [entry("", "failed"), entry("", "failed"), entry("updating", "failed")])
+@example([rolled("1.1.0")], [entry(seen=WHEN_IT_BEGAN), entry(seen=None), entry(seen=30, status="testing 1.1.0")])
+@example([rolled("1.1.0")], [entry(seen=None, refuses=True), entry(refuses=True, status="waiting 1.1.0")])
+@settings(max_examples=30, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 @given(drawn=ROLLOUTS, entries=DEVICES)
 def test_the_fast_counts_are_those_of_one_device_after_the_other(drawn: list[Any], entries: list[Any]) -> None:
     with transaction.atomic():
@@ -105,7 +128,7 @@ def make_devices(entries: list[Any], rollouts: list[Rollout]) -> None:
     for number, (site, runs, minutes, pin, outcomes, status, refuses, models, state) in enumerate(entries):
         row = device(
             f"cam-{number}", runs=runs, labels={"site": site}, model_names=models, state=state,
-            last_seen=None if minutes is None else ago(minutes=minutes),
+            last_seen=rollouts[0].stage_since if minutes == WHEN_IT_BEGAN else _seen(minutes),
             pins={"digits": pin} if pin and "digits" in models else {},
             refusal={"code": "expired", "message": "", "model": "", "at": ago().isoformat()} if refuses else {},
         )  # fmt: skip
@@ -117,6 +140,10 @@ def make_devices(entries: list[Any], rollouts: list[Rollout]) -> None:
             said, version = status.split()
             path = f"digits/{version}/default"
             ModelStatus.objects.create(device=row, model="digits", state=said, release=path, since=ago())
+
+
+def _seen(minutes: int | None) -> Any:
+    return None if minutes is None else ago(minutes=minutes)
 
 
 # --- no scan of rows ---------------------------------------------------------------------------------------------
@@ -170,6 +197,7 @@ def captured_tables(look: Any) -> list[str]:
 def test_a_large_fleet_is_counted_again_only_when_the_older_count_would_pass(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tallies, "LARGE", 5)
     monkeypatch.setattr(tallies, "SHARE", 1e9)
+    monkeypatch.setattr(tallies, "LOOKS", 0)
     looks = []
     count = tallies.counted
     monkeypatch.setattr(tallies, "counted", lambda *given: looks.append(1) or count(*given))
@@ -179,6 +207,27 @@ def test_a_large_fleet_is_counted_again_only_when_the_older_count_would_pass(mon
         services.tick()
         assert len(looks) == (1 if number < 8 else 2)
         assert Rollout.objects.get().state == (State.RUNNING if number < 8 else State.COMPLETED)
+
+
+def test_a_large_fleet_is_looked_at_seldom_and_an_older_look_never_passes_a_stage(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(tallies, "LARGE", 5)
+    monkeypatch.setattr(tallies, "LOOKS", 1e9)
+    monkeypatch.setattr(tallies, "SHARE", 0)
+    entries, rollout = devices(10), running(release("1.1.0"), stages=[StagePlan(100, success_threshold=1.0)])
+    Outcome.objects.create(rollout=rollout, device=entries[0], state="committed")
+    services.tick()
+    assert "1 of 10 committed" in Rollout.objects.get().reason
+    Device.objects.filter(pk__in=[each.pk for each in entries[1:]]).update(state=Device.State.REVOKED)
+    newcomer = device("newcomer")
+    for each in [*entries[1:], newcomer]:
+        Outcome.objects.create(rollout=rollout, device=each, state="committed")
+    assert "devices_device" not in captured_tables(services.tick)
+    assert Rollout.objects.get().reason == "the admitted devices are not counted"
+    tallies.Tallies._last = replace(tallies.Tallies._last, until=0.0)
+    services.tick()
+    assert Rollout.objects.get().state == State.COMPLETED
 
 
 def test_a_tick_without_time_holds_and_the_next_one_gets_further(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -229,6 +278,19 @@ def test_hashing_stops_when_the_time_is_up(monkeypatch: pytest.MonkeyPatch) -> N
         Cohorts().inside("salt", 40, ids, until=0.0)
 
 
+def test_whose_cohorts_are_kept_is_hashed_once_and_over_several_looks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cohorts, "CHUNK", 10)
+    devices(25)
+    ids = np.array(Device.objects.order_by("-pk").values_list("pk", flat=True))
+    kept = Places(salts=1)
+    for _ in range(3):
+        with pytest.raises(OverBudgetError):
+            kept.of("salt", ids, until=0.0)
+    names = dict(Device.objects.values_list("pk", "name"))
+    assert queries(lambda: kept.of("salt", ids, until=0.0)) == 0
+    assert kept.of("salt", ids, until=0.0).tolist() == [cohort("salt", names[pk]) for pk in ids.tolist()]
+
+
 def test_what_traits_are_made_of_is_what_the_database_hashes() -> None:
     device(labels={"site": "berlin"})
     (row,) = Device.objects.only(*selectors.TRAITS)
@@ -264,6 +326,22 @@ def test_a_large_fleet_is_counted_by_a_task_and_the_page_says_when(monkeypatch: 
     assert shown.progress == {rollout.pk: selectors.progress(rollout)}
     assert shown.as_of is not None
     assert counted == [1]
+    device("newcomer")
+    Outcome.objects.create(rollout=rollout, device=Device.objects.latest("pk"), state="committed")
+    found = summary.progress(rollout)
+    assert (found.as_of, found.progress.total, found.progress.committed) == (shown.as_of, 6, 1)
+
+
+def test_a_large_fleet_that_was_never_counted_has_no_forecast_yet(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(summary, "SMALL", 1)
+    monkeypatch.setattr(tasks.summarise, "delay", lambda: None)
+    devices(6)
+    rollout = running(release("1.1.0"), pace=Pace(objective_percent=90, objective_days=1))
+    with committed():
+        found = objective.of(rollout)
+    assert (found.verdict, found.why) == ("unknown", "the devices are being counted: look again in a minute")
+    summary.count()
+    assert "being counted" not in objective.of(rollout).why
 
 
 def test_of_a_small_fleet_the_page_is_of_now() -> None:

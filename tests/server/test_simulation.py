@@ -1,6 +1,7 @@
 """A month in a second: the simulator plays the server's own policy, and the same seed gives the same play."""
 
 import json
+from dataclasses import replace
 from io import StringIO
 from typing import Any
 
@@ -9,7 +10,7 @@ import pytest
 from django.core.management import CommandError, call_command
 
 from device_sdk.protocol.cohorts import cohort
-from fleet.rollouts import policy
+from fleet.rollouts import guards, policy
 from fleet.rollouts.simulation import devices, picture
 from fleet.rollouts.simulation.devices import Devices
 from fleet.rollouts.simulation.play import play
@@ -37,6 +38,18 @@ def test_a_bad_release_is_halted_and_those_who_had_it_go_back() -> None:
     scenario = Scenario(devices=2_000, days=6, releases=(Quality("1.1.0", 0.5), Quality("1.2.0", 0.0)), stages=STAGES)
     assert told(scenario)[:3] == [("1.1.0", "started"), ("1.1.0", "halted"), ("1.2.0", "started")]
     assert play(scenario).moments[-1].versions["1.1.0"] == 0
+
+
+def test_the_guard_halts_where_the_budget_does_not_and_not_a_good_release() -> None:
+    """The guard's own code, looked at in each step, as the engine does."""
+    generous = (Stage(20, budget=10_000), Stage(100, budget=10_000))
+    terms = guards.Terms({guards.FAILURES: guards.GuardTerms(effect=0.02)})
+    bad = Scenario(devices=2_000, days=4, releases=(Quality("1.1.0", 0.15),), stages=generous)
+    assert ("1.1.0", "halted") not in told(bad)
+    found = play(replace(bad, guards=terms)).happenings[-1]
+    assert (found.what, found.reason.split(":")[0]) == ("halted", "update failures")
+    good = replace(bad, guards=terms, releases=(Quality("1.1.0", 0.01),))
+    assert [what for _, what in told(good)] == ["started", "advanced", "completed"]
 
 
 def test_the_same_seed_gives_the_same_play_and_another_one_another() -> None:

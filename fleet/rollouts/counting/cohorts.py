@@ -9,6 +9,7 @@ from collections import OrderedDict
 
 import numpy as np
 
+from device_sdk.protocol.cohorts import cohort
 from fleet.devices.bulk import Flags, Numbers, names
 from fleet.rollouts import policy
 
@@ -16,7 +17,10 @@ KEPT_FROM = 1_000  # devices
 CHUNK = 50_000  # devices whose names are in memory at a time
 SALTS_KEPT = 256  # at a million devices 64 MB; the least used goes first
 
+UNKNOWN = 65_535  # no cohort
+
 Bits = np.ndarray[tuple[int], np.dtype[np.uint8]]
+Shorts = np.ndarray[tuple[int], np.dtype[np.uint16]]
 
 
 class OverBudgetError(Exception):
@@ -63,6 +67,34 @@ class Cohorts:
         self._kept.move_to_end(key)
         while len(self._kept) > SALTS_KEPT:
             self._kept.popitem(last=False)
+
+
+class Places:
+    """Cohorts themselves, where more than one percentage is asked: two bytes a device for each salt that is kept."""
+
+    def __init__(self, salts: int) -> None:
+        self._salts = salts
+        self._kept: OrderedDict[str, Shorts] = OrderedDict()
+
+    def of(self, salt: str, ids: Numbers, *, until: float) -> Shorts:
+        """Of these devices, in their order. Hashed are those that are new."""
+        size = int(ids.max(initial=0)) + 1
+        kept = self._kept.pop(salt, _no_places(0))
+        kept = self._kept[salt] = np.concatenate([kept, _no_places(max(size - len(kept), 0))])
+        while len(self._kept) > self._salts:
+            self._kept.popitem(last=False)
+        missing = np.sort(ids[kept[ids] == UNKNOWN])
+        for start in range(0, len(missing), CHUNK):
+            for pk, name in names(missing[start : start + CHUNK]):
+                kept[pk] = cohort(salt, name)
+            if time.monotonic() > until:
+                raise OverBudgetError
+        known: Shorts = kept[ids[kept[ids] != UNKNOWN]]  # without who was deleted meanwhile
+        return known
+
+
+def _no_places(size: int) -> Shorts:
+    return np.full(size, UNKNOWN, dtype=np.uint16)
 
 
 def _no_bits(size: int) -> Bits:

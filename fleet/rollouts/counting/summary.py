@@ -47,16 +47,38 @@ def of(rollouts: Sequence[Rollout]) -> Summary:
     return _shown(survey(rollouts, first=FIRST)) if is_small() else _kept()
 
 
-def of_rollout(rollout: Rollout) -> Summary:
-    """Its progress; of a small fleet nothing else is counted."""
-    return Summary({rollout.pk: tallies.progress(rollout)}, 0, {}, ()) if is_small() else _kept()
+@dataclass(frozen=True, slots=True)
+class Counted:
+    """Outcomes are of now; `total` and `admitted` of a large fleet `as_of`. `progress` None: not counted yet."""
+
+    progress: Progress | None
+    as_of: datetime | None = None
+
+
+def progress(rollout: Rollout) -> Counted:
+    """Of one rollout, and nothing else."""
+    if is_small():
+        return Counted(tallies.progress(rollout))
+    kept = _asked()
+    found = kept.content.get("progress", {}).get(str(rollout.pk))
+    if found is None:
+        return Counted(None)
+    said = tallies.outcome_counts([rollout.pk])[rollout.pk]
+    admitted = max(found["admitted"], sum(said.values()))
+    return Counted(Progress(total=found["total"], admitted=admitted, **said), kept.counted_at)
 
 
 def _kept() -> Summary:
+    kept = _asked()
+    return _read(kept) if kept.counted_at else NOTHING
+
+
+def _asked() -> FleetSummary:
+    """The last count. Where it is old, a new one is asked for."""
     kept = FleetSummary.objects.filter(pk=1).first() or FleetSummary(pk=1)
     if _is_old(kept):
         ask()
-    return _read(kept) if kept.counted_at else NOTHING
+    return kept
 
 
 def is_small() -> bool:
@@ -78,8 +100,9 @@ def ask() -> None:
 def count() -> None:
     """The task. Bounded memory, whatever the number of devices: see `roster`."""
     began, now = time.monotonic(), timezone.now()
-    rollouts = Rollout.objects.filter(state__in=MOVING).select_related("release__model", "group")
-    found = survey(list(rollouts[:ROLLOUTS]), first=FIRST, until=began + PATIENCE / 2)
+    aiming = Q(state=Rollout.State.COMPLETED, objective_percent__isnull=False)
+    shown = Rollout.objects.filter(Q(state__in=MOVING) | aiming).select_related("release__model", "group")
+    found = survey(list(shown[:ROLLOUTS]), first=FIRST, until=began + PATIENCE / 2)
     content = {
         "progress": {str(pk): asdict(progress) for pk, progress in found.progress.items()},
         "total": found.total,

@@ -30,6 +30,7 @@ UPDATING, COMMITTED = Outcome.State.UPDATING, Outcome.State.COMMITTED
 FAILED, WITHDRAWN = Outcome.State.FAILED, Outcome.State.WITHDRAWN
 BUDGET = 0.5  # seconds of a tick that go to counting admitted devices; what is left over waits for the next one
 SHARE = 20  # in a large fleet an older count serves to hold, for so many times what it cost
+LOOKS = 10  # so many times what it cost, a look at a large fleet serves to hash cohorts, and to hold
 LARGE = 10_000  # devices; a smaller fleet is counted each tick
 
 Counts = dict[str, int]
@@ -63,10 +64,19 @@ class _Kept:
     at: float
 
 
+@dataclass(frozen=True, slots=True)
+class _Look:
+    """At the whole fleet. `until`: time.monotonic, before which nobody looks anew."""
+
+    admission: Admission
+    until: float
+
+
 class Tallies:
     """What one tick knows of the running rollouts."""
 
     _kept: ClassVar[dict[int, _Kept]] = {}  # of this process, over its ticks; by rollout
+    _last: ClassVar[_Look | None] = None  # the last look at a large fleet
 
     def __init__(self, rollouts: Sequence[Rollout]) -> None:
         running = [rollout.pk for rollout in rollouts]
@@ -89,7 +99,20 @@ class Tallies:
             estimate = replace(quick, admitted=kept.waits)
             if isinstance(policy.next_step(rules, estimate, now), policy.Hold):
                 return estimate
-        return self._counted(rollout) if self._spent < BUDGET else quick
+        if self._spent >= BUDGET:
+            return quick
+        found = self._counted(rollout)
+        if self._is_fresh or isinstance(policy.next_step(rules, found, now), policy.Hold):
+            return found
+        return quick
+
+    def said(self, rollout: Rollout) -> Counts:
+        """Devices by outcome, at the beginning of the tick."""
+        return self._counts[rollout.pk]
+
+    def roster(self) -> rosters.Roster:
+        """The fleet, looked up at most once a tick, of a large one seldom."""
+        return self._admission.roster
 
     def quick(self, rollout: Rollout) -> policy.Tally:
         counts = self._counts[rollout.pk]
@@ -97,7 +120,7 @@ class Tallies:
         return policy.Tally(committed=counts[COMMITTED], failed=max(final, 0))
 
     def _counted(self, rollout: Rollout) -> policy.Tally:
-        admission = self._admission  # loaded outside of the budget: once a tick, and nothing is counted without
+        admission = self._admission  # loaded outside of the budget: nothing is counted without
         began = time.monotonic()
         try:
             admission.until = began + BUDGET - self._spent
@@ -115,11 +138,25 @@ class Tallies:
         self._kept[rollout.pk] = _Kept(rollout.stage_index, tally.admitted or 0, until, began)
 
     @cached_property
+    def _is_fresh(self) -> bool:
+        """Whether this tick looks at the fleet anew. To look at a large one takes a second: seldom, and others wait."""
+        return self._last is None or time.monotonic() >= self._last.until
+
+    @cached_property
     def _admission(self) -> Admission:
+        if not self._is_fresh and self._last:
+            return self._last.admission
         began = time.monotonic()
         admission = Admission(snapshots.current())
         self._loading = time.monotonic() - began
+        large = len(admission.roster.ids) >= LARGE
+        until = time.monotonic() + LOOKS * self._loading
+        self._remember(_Look(admission, until) if large else None)
         return admission
+
+    @classmethod
+    def _remember(cls, look: _Look | None) -> None:
+        cls._last = look
 
 
 def counted(rollout: Rollout, admission: Admission) -> policy.Tally:

@@ -29,6 +29,7 @@ class Count:
     committed: int
     failed: int
     undecided: int
+    began: int  # whatever came of it
 
 
 class Devices:
@@ -147,7 +148,8 @@ class Devices:
         decided = (self.said == COMMITTED) | (self.said == FAILED)
         knows = (self.said != SILENT) | (self.seen >= horizon)
         undecided = np.count_nonzero((self.wanted() == trial) & ~decided & knows)
-        return Count(int(np.sum(self.said == COMMITTED)), int(np.sum(self.said == FAILED)), int(undecided))
+        committed, failed, began = self.said == COMMITTED, self.said == FAILED, self.said != SILENT
+        return Count(int(committed.sum()), int(failed.sum()), int(undecided), int(began.sum()))
 
     def versions(self, number: int) -> dict[str, int]:
         counts = np.bincount(self.runs[self.enrols <= number], minlength=len(self._versions))

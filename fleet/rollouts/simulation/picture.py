@@ -5,10 +5,11 @@ from html import escape
 
 from fleet.rollouts.simulation.scenario import Happening, Moment, Played
 
-WIDTH, HEIGHT, LEFT, TOP, BOTTOM, RIGHT = 960, 420, 70, 50, 46, 110
+WIDTH, HEIGHT, LEFT, TOP, BOTTOM, RIGHT = 960, 460, 70, 104, 46, 110
 FACE = 'font-family="sans-serif" font-size="12" role="img"'
 COLOURS = ("#94a3b8", "#2563eb", "#d97706", "#059669", "#9333ea", "#db2777")
-MARKS = {"completed": "#059669", "halted": "#dc2626", "paused": "#d97706"}
+MARKS = {"started": "#475569", "completed": "#047857", "halted": "#dc2626", "paused": "#b45309"}
+LETTER = 6.2  # pixels, about
 
 
 def rows(played: Played) -> list[dict[str, object]]:
@@ -29,7 +30,9 @@ def svg(played: Played, title: str) -> str:
         f'<rect width="{WIDTH}" height="{HEIGHT}" fill="#fff"/>',
         f'<text x="{LEFT}" y="22" font-size="15" fill="#0f172a">{escape(title)}</text>',
         *_grid(moments, most),
+        *_legend(versions),
         *(_happening(each, moments) for each in played.happenings),
+        *_labels(played.happenings, moments),
         *(_line(moments, version, place, most) for place, version in enumerate(versions)),
         "</svg>",
     ]
@@ -78,10 +81,33 @@ def _line(moments: Sequence[Moment], version: str, place: int, most: int) -> str
     return f'<polyline points="{points}" fill="none" stroke="{colour}" stroke-width="2"/>{label if last else ""}'
 
 
+def _legend(versions: Sequence[str]) -> list[str]:
+    found, x = [], float(LEFT)
+    for place, version in enumerate(versions):
+        colour = COLOURS[place % len(COLOURS)]
+        found.append(f'<line x1="{x:.0f}" y1="40" x2="{x + 18:.0f}" y2="40" stroke="{colour}" stroke-width="3"/>')
+        found.append(f'<text x="{x + 24:.0f}" y="44" fill="#334155">{escape(version)}</text>')
+        x += 44 + LETTER * len(version)
+    return found
+
+
+def _labels(happenings: Sequence[Happening], moments: Sequence[Moment]) -> list[str]:
+    """What began and how it ended, above its line, on the first of three rows that is free there; passed stages not."""
+    free, found = [0.0] * 3, []
+    for each in happenings:
+        x, text = _x(_share(each, moments)), f"{each.version} {each.what}"
+        row = next((place for place, end in enumerate(free) if end <= x), None)
+        if each.what in MARKS and row is not None:
+            free[row] = x + LETTER * len(text) + 10
+            at = f'x="{x + 3:.1f}" y="{TOP - 34 + 14 * row}"'
+            found.append(f'<text {at} font-size="11" fill="{MARKS[each.what]}">{escape(text)}</text>')
+    return found
+
+
 def _happening(each: Happening, moments: Sequence[Moment]) -> str:
     x, colour = _x(_share(each, moments)), MARKS.get(each.what, "#cbd5e1")
     said = escape(f"{each.version} {each.what}, stage {each.stage} {each.reason}".strip())
     return (
-        f'<line x1="{x:.1f}" y1="{TOP}" x2="{x:.1f}" y2="{_y(0):.1f}" stroke="{colour}" stroke-dasharray="3 3">'
+        f'<line x1="{x:.1f}" y1="{TOP - 4}" x2="{x:.1f}" y2="{_y(0):.1f}" stroke="{colour}" stroke-dasharray="3 3">'
         f"<title>{said}</title></line>"
     )

@@ -1,12 +1,12 @@
-"""The engine's side of the play: `policy.next_step` on what the virtual devices reported, step by step."""
+"""The engine's side of the play: `policy.next_step` and the guard of failures on what virtual devices reported."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 from hashlib import sha256
 
-from fleet.rollouts import policy
-from fleet.rollouts.simulation.devices import BASE, FAILED, MODEL, UPDATING, Devices
+from fleet.rollouts import guards, policy
+from fleet.rollouts.simulation.devices import BASE, FAILED, MODEL, UPDATING, Count, Devices
 from fleet.rollouts.simulation.scenario import BEGIN, Happening, Moment, Played, Scenario
 
 BASE_VERSION = "1.0.0"
@@ -20,6 +20,7 @@ class Running:
     stage: int
     since: int
     state: str = policy.RUNNING
+    peak: float = 0.0  # the highest evidence that the guard has seen
 
 
 def play(scenario: Scenario, on_step: Callable[[Played], None] = lambda _: None) -> Played:
@@ -68,7 +69,8 @@ class _Play:
         counted = self._devices.count(running.trial, running.since)
         admitted = counted.committed + counted.failed + counted.undecided
         tally = policy.Tally(counted.committed, counted.failed, admitted)
-        match policy.next_step(rules, tally, self._at(number)):
+        decision = policy.next_step(rules, tally, self._at(number))
+        match guards.before_success(self._asked(running, counted), self._scenario.on_failure, decision):
             case policy.Hold(reason):
                 kind = reason.split(":")[0]
                 self._played.holds[kind] = self._played.holds.get(kind, 0) + 1
@@ -84,6 +86,15 @@ class _Play:
                 self._end(running, number, policy.PAUSED, reason)
         self._show(running)
         return running.state == policy.RUNNING
+
+    def _asked(self, running: Running, counted: Count) -> guards.Trip | policy.Hold | None:
+        """The guard of update failures, looked at in each step as the engine does."""
+        terms = self._scenario.guards
+        if guards.FAILURES not in terms.guards:
+            return None
+        reading = guards.failures_reading(terms, counted.began, counted.began, counted.failed)
+        running.peak = max(running.peak, reading.evidence)
+        return guards.verdict(terms, [replace(reading, peak=running.peak)])
 
     def _end(self, running: Running, number: int, state: str, reason: str) -> None:
         running.state = state

@@ -1,11 +1,13 @@
 """What is played: the fleet, the releases and how good they are, the stages. And what comes of it."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 
+from fleet.rollouts.guards import FAILURES, Terms
 from fleet.rollouts.stages import ROLL_BACK, StageRules
 
+UNGUARDED = Terms()
 BEGIN = datetime(2026, 1, 5, tzinfo=UTC)  # a Monday
 
 
@@ -57,10 +59,16 @@ class Scenario:
     interrupted: float = 0.05  # of the attempts end half-way and are begun again, up to `attempts`
     attempts: int = 5
     salt: str = "simulated"
+    guards: Terms = UNGUARDED  # of update failures alone: virtual devices infer nothing
 
     @property
     def steps(self) -> int:
         return max(1, round(self.days * 24 * 60 / self.step_minutes))
+
+
+def playable(terms: Terms) -> Terms:
+    """Those that virtual devices can be asked: they update or fail, and infer nothing."""
+    return replace(terms, guards={name: each for name, each in terms.guards.items() if name == FAILURES})
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,11 +12,12 @@ from django.core.management.base import BaseCommand, CommandError
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
+from fleet.rollouts.guards import FAILURES, Terms, parse_text
 from fleet.rollouts.models import Rollout
 from fleet.rollouts.preview import of_rollout
 from fleet.rollouts.simulation import picture
 from fleet.rollouts.simulation.play import play
-from fleet.rollouts.simulation.scenario import Played, Quality, Scenario, Stage
+from fleet.rollouts.simulation.scenario import Played, Quality, Scenario, Stage, playable
 
 MOST = 10_000_000  # devices; about 60 bytes each
 
@@ -38,6 +39,9 @@ class Command(BaseCommand):
         parser.add_argument("--soak", type=float, default=24.0, help="hours that each stage lasts at least")
         parser.add_argument("--success", type=float, default=0.9, help="fraction of the admitted that must commit")
         parser.add_argument("--budget", type=float, default=0.005, help="failures allowed, as a fraction of the stage")
+        parser.add_argument(
+            "--guards", default=FAILURES, help="as a rollout has them: `failures effect=0.02`; empty: none"
+        )
         parser.add_argument("--on-failure", choices=Rollout.OnFailure.values, default=Rollout.OnFailure.ROLL_BACK)
         parser.add_argument("--rollout", type=int, help="take group, stages and salt of this one from the database")
         parser.add_argument("--failing", type=float, default=0.001, help="with --rollout: how bad its release is")
@@ -84,8 +88,18 @@ def _scenario(options: dict[str, Any]) -> Scenario:
         for percent, budget in zip(percents, budgets, strict=True)
     ]
     releases = [_release(text) for text in options["release"] or ["1.1.0:0.001"]]
-    scenario = Scenario(devices=devices, stages=stages, releases=releases, on_failure=options["on_failure"], **common)
-    return _checked(scenario)
+    guarded = {"guards": _guards(options["guards"]), "on_failure": options["on_failure"]}
+    return _checked(Scenario(devices=devices, stages=stages, releases=releases, **guarded, **common))
+
+
+def _guards(text: str) -> Terms:
+    try:
+        terms = Terms.parse(parse_text(text))
+    except ValueError as error:
+        raise CommandError(str(error)) from error
+    if left_out := terms.guards.keys() - playable(terms).guards.keys():
+        raise CommandError(f"virtual devices infer nothing: no guard of {', '.join(sorted(left_out))} can be played")
+    return terms
 
 
 def _checked(scenario: Scenario) -> Scenario:
