@@ -68,10 +68,11 @@ def _section(devices: int, found: dict[str, float]) -> Section:
         Row("start of a rollout to all", found["start"], "s", walk, "a walk over all devices"),
         Row("rows written at the start, with the rollout's own", written + 1, "rows", 1, "its own", "none for a device",
             written == 0),
-        Row("who lags, counted by the task", found["survey"], "s", walk, "a walk over all devices"),
-        Row("a page of laggards, API", found["laggards"], "s", walk, "a walk over all devices"),
+        Row("who lags with a model, the first time", found["survey"], "s", walk, "a walk over all devices"),
+        Row("who lags with a model, and a page of them", found["laggards"], "s", walk, "a walk over all devices"),
         Row("devices, first page", found["list"], "s", walk, "a walk over all devices"),
-        Row("devices, found by a name's beginning", found["search"], "s", found["contains"], "any part of any text, in the database"),
+        Row("devices, found by a name's beginning", found["search"], "s", found["contains"],
+            "any part of any text, in the database"),
     ], NOTES)  # fmt: skip
 
 
@@ -202,9 +203,11 @@ def _start() -> dict[str, float]:
 
 
 def _laggards() -> dict[str, float]:
-    from fleet.rollouts.counting import summary, survey
+    """With one model. The first time, cohorts are hashed that nobody has asked for in this process."""
+    from fleet.rollouts.counting import survey
 
-    return {"survey": _timed(summary.count), "laggards": _timed(lambda: survey.Pages("reader")[:50])}
+    first, again = (_timed(lambda: survey.Pages("reader")[:50]) for _ in range(2))
+    return {"survey": first, "laggards": again}
 
 
 def _pages() -> dict[str, float]:

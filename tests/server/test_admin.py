@@ -407,6 +407,15 @@ def test_only_what_the_state_allows_is_offered(fleet, as_user, state, buttons):
     assert {action for action in ACTIONS if f"/{fleet.running.pk}/{action}/" in page} == buttons
 
 
+def test_a_rollout_that_has_not_begun_says_how_to_play_it_first(fleet, as_user):
+    client, command = as_user("victor"), f"simulate --rollout {fleet.running.pk} --out"
+    assert command not in client.get(address(fleet.running)).content.decode()
+
+    Rollout.objects.filter(pk=fleet.running.pk).update(state="draft", started_at=None)
+
+    assert command in client.get(address(fleet.running)).content.decode()
+
+
 def test_an_action_on_a_rollout_that_is_not_there_is_not_found(fleet, as_user):
     missing = Rollout(pk=fleet.running.pk + 1000)
 
