@@ -6,7 +6,7 @@
 
 import json
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from random import Random
@@ -67,25 +67,28 @@ def _signed_for() -> Any:
 
 def _insert(keys: range, runs: int, version: int, signed_for: Any) -> None:
     """Rows as enrolment and signing leave them, without the signed files, which no idle poll reads."""
-    from django.db import connection
+    from django.db import connection, transaction
+
+    from fleet.devices.models import Device
+    from fleet.trust.models import DeviceView
 
     now, expires = (datetime.now(UTC) + timedelta(hours=hours) for hours in (0, 24))
-    devices = [(key, f"cam-{key}", json.dumps([MODEL]), runs, str(now)) for key in keys]
-    views = [(key, version, signed_for(f"cam-{key}"), str(expires), str(now)) for key in keys]
-    with connection.cursor() as cursor:
-        cursor.execute("BEGIN")
-        cursor.executemany(
-            "INSERT INTO devices_device (id, name, state, labels, model_names, epoch, nonce_digest, sdk, abilities,"
-            " runs_id, pins, dropped_events, refusal, enrolled_at)"
-            " VALUES (%s, %s, 'active', '{}', %s, 1, '', '', '{}', %s, '{}', 0, '{}', %s)",
-            devices,
-        )
-        cursor.executemany(
-            "INSERT INTO trust_deviceview (device_id, version, inputs_digest, expires_at, signed_at, director,"
-            " snapshot, timestamp) VALUES (%s, %s, %s, %s, %s, '', '', '')",
-            views,
-        )
-        cursor.execute("COMMIT")
+    device = Device(model_names=[MODEL], runs_id=runs)
+    view = DeviceView(version=version, signed_at=now, expires_at=expires)
+    with transaction.atomic(), connection.cursor() as cursor:
+        _copy(cursor, device, ("id", "name"), ((key, f"cam-{key}") for key in keys))
+        _copy(cursor, view, ("device_id", "inputs_digest"), ((key, signed_for(f"cam-{key}")) for key in keys))
+
+
+def _copy(cursor: Any, row: Any, own: Sequence[str], values: Iterable[tuple[Any, ...]]) -> None:
+    """Many rows like this one, but for the columns that each has of its `own`. The ORM puts together one, not each."""
+    table = row._meta  # noqa: SLF001  # documented all the same
+    fields = [field for field in table.concrete_fields if field.column not in own and not field.primary_key]
+    shared = tuple(field.get_db_prep_save(field.pre_save(row, add=True), cursor.db) for field in fields)
+    columns = ", ".join(f'"{column}"' for column in (*own, *(field.column for field in fields)))
+    places = ", ".join(["%s"] * (len(own) + len(fields)))
+    statement = f"INSERT INTO {table.db_table} ({columns}) VALUES ({places})"  # noqa: S608  # names of our own
+    cursor.executemany(statement, [(*value, *shared) for value in values])
 
 
 def _polls(keys: Sequence[int], tag: str) -> Iterator[str]:

@@ -5,7 +5,7 @@ from django.db import transaction
 from django.utils import timezone
 
 from fleet.errors import Conflict, Denied
-from fleet.rollouts import approval, services
+from fleet.rollouts import approval, services, snapshots
 from fleet.rollouts.models import Rollout, Stage
 
 
@@ -16,8 +16,11 @@ def approve(*, rollout: Rollout | int, actor: User | str, comment: str = "") -> 
     services.after(row, services.APPROVE)
     approval.check_approver(row, actor)
     services.check_release(row.release)
-    approved = services.move(row, services.APPROVE, actor, comment)
-    return approved if services.is_early(approved) else services.begin(approved, actor, comment)
+    approved = services.claim(row, services.APPROVE, actor, comment)
+    if not services.is_early(approved):
+        return services.begin(approved, actor, comment)  # which stamps the change
+    snapshots.bump()
+    return approved
 
 
 @transaction.atomic

@@ -178,11 +178,12 @@ def begin(row: Rollout, actor: User | str, comment: str) -> Rollout:
     now, who = timezone.now(), starting.members(row)
     kept = {"stage_lost": engine_clock.lost(), "reach": throttle.beginning(row), "reach_at": None}
     since = {"started_at": now, "stage_since": now, "evidence_since": now}
-    moved = move(row, START, actor, comment, salt=starting.fair_salt(row, who), **since, **kept)
+    moved = claim(row, START, actor, comment, salt=starting.fair_salt(row, who), **since, **kept)
     Stage.objects.filter(rollout=moved, index=0).update(entered_at=now)
     starting.credit_those_who_run_it(moved, who)
     if deltas.order(release=row.release):  # devices may run something else than when it was published
         deltas.wake()
+    snapshots.bump()  # last: from here to the commit every revocation waits for us
     return moved
 
 
@@ -339,9 +340,10 @@ def _pass_stage(rollout: Rollout, action: str, now: datetime, **changes: Any) ->
     passed = rollout.stage_index
     if action == ADVANCE:
         changes |= {"stage_since": now, "stage_lost": engine_clock.lost()}
-    move(rollout, action, GUARD, f"stage {passed + 1} passed", **changes)
+    claim(rollout, action, GUARD, f"stage {passed + 1} passed", **changes)
     Stage.objects.filter(rollout=rollout, index=passed).update(passed_at=now)
     Stage.objects.filter(rollout=rollout, index=passed + 1).update(entered_at=now)
+    snapshots.bump()
 
 
 @transaction.atomic
@@ -359,6 +361,13 @@ def _note_hold(rollout: Rollout, reason: str) -> None:
 @transaction.atomic
 def move(rollout: Rollout, action: str, actor: User | str, comment: str, **changes: Any) -> Rollout:
     """Claim a transition from the state and stage in which the caller saw the rollout, or raise `wrong_state`."""
+    moved = claim(rollout, action, actor, comment, **changes)
+    snapshots.bump()
+    return moved
+
+
+def claim(rollout: Rollout, action: str, actor: User | str, comment: str, **changes: Any) -> Rollout:
+    """Who calls this ends the transaction with `snapshots.bump`."""
     before, to = State(rollout.state), after(rollout, action)
     changes |= {"state": to, "reason": comment[:500], "finished_at": timezone.now() if to in ENDED else None}
     seen = Rollout.objects.filter(pk=rollout.pk, state=before, stage_index=rollout.stage_index)
@@ -370,7 +379,6 @@ def move(rollout: Rollout, action: str, actor: User | str, comment: str, **chang
         "stage": changes.get("stage_index", rollout.stage_index) + 1,
     }
     _log(rollout.pk, action, actor, comment, detail)
-    snapshots.bump()
     rollout.refresh_from_db()
     notes.tell(rollout, action, name_of(actor), comment)
     return rollout

@@ -248,6 +248,21 @@ def test_what_does_not_alter_an_answer_does_not_wake_every_process(registry: Reg
     assert changes.newest() == before
 
 
+def test_a_rollout_locks_the_counters_row_at_its_end_alone(registry: Registry) -> None:
+    """A start that counted devices after its stamp would hold up every revocation meanwhile."""
+    device(runs=RUNS)
+    plans = [rollouts.StagePlan(percent=50), rollouts.StagePlan(percent=100)]
+    made = rollouts.create(release=release("1.0.0"), group=None, stages=plans, actor="ann")
+    for act in (lambda: rollouts.start(rollout=made, actor="ann"), lambda: rollouts.pause(rollout=made, actor="ann")):
+        with CaptureQueriesContext(connection) as queries:
+            act()
+        told = [query["sql"] for query in queries]
+        first = next(place for place, sql in enumerate(told) if "devices_revision" in sql)
+        after = [sql for sql in told[first:] if "SAVEPOINT" not in sql]
+        assert all("devices_revision" in sql or "devices_change" in sql for sql in after), after
+        assert any("devices_change" in sql for sql in after)
+
+
 def test_a_log_that_was_thinned_or_restored_is_not_read_on(db: None) -> None:
     for number in (1, 2, 3):
         changes.device_changed(number)
