@@ -65,7 +65,8 @@ class Counts:
         item = fields.as_object(value, "counts")
         plain = {name: fields.take_int(item, name, high=2**62, default=0) for name in _PLAIN}
         confidence = fields.take_number(item, "confidence", low=0, high=_MOST, default=0)
-        return cls(**plain, confidence=confidence, times=_tally(item, "times"), classes=_tally(item, "classes"))
+        times, classes = _tally(item, "times", 0, _SLOWEST), _tally(item, "classes", OTHER, 2**62)
+        return cls(**plain, confidence=confidence, times=times, classes=classes)
 
     def shown(self) -> dict[str, float]:
         """For a status page: without the histograms."""
@@ -125,6 +126,9 @@ def classes_text(classes: Tally) -> str:
     return " ".join([*shown, f"other:{rest}"] if rest else shown)[:200]
 
 
+_SLOWEST = bucket(2**62)  # nanoseconds, more than a century
+
+
 def _bounds(index: int) -> tuple[int, int]:
     shift = max((index >> 4) - 1, 0)
     return (index - (shift << 4)) << shift, 1 << shift
@@ -142,9 +146,11 @@ def ordered(counts: Mapping[int, int]) -> Tally:
     return tuple(sorted(counts.items()))
 
 
-def _tally(item: fields.Json, name: str) -> Tally:
+def _tally(item: fields.Json, name: str, low: int, high: int) -> Tally:
+    """Of what is from `low` to `high`, each seen at least once."""
     pairs = fields.take_list({name: item.get(name, [])}, name, limit=4_096)
     for pair in pairs:
-        if not (isinstance(pair, list) and len(pair) == 2 and all(type(n) is int and -1 <= n < 2**62 for n in pair)):
+        whole = isinstance(pair, list) and len(pair) == 2 and all(type(number) is int for number in pair)
+        if not (whole and low <= pair[0] <= high and 0 < pair[1] < 2**62):
             raise ProtocolError("malformed", f"{name}: expected pairs of whole numbers; got {pair!r:.60}")
     return ordered(dict(pairs))

@@ -59,10 +59,15 @@ class Ledger:
         return json.dumps(content).encode()
 
 
+def parse(data: bytes) -> dict[str, dict[str, Done]]:
+    """What each release of each model did. Raises ProtocolError."""
+    items = fields.parse_object(data, limit=_LIMIT, what="ledger")
+    return {model: _parse(fields.as_object(done, model)) for model, done in items.items()}
+
+
 def _read(path: Path) -> dict[str, dict[str, Done]]:
     try:
-        items = fields.parse_object(read_plainly(path, limit=_LIMIT), limit=_LIMIT, what="ledger")
-        return {model: _parse(fields.as_object(done, model)) for model, done in items.items()}
+        return parse(read_plainly(path, limit=_LIMIT))
     except FileNotFoundError:
         return {}
     except (OSError, ProtocolError) as error:

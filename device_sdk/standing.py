@@ -63,13 +63,18 @@ def recall(path: Path, view_file: Path) -> Standing | None:
     if not os.path.lexists(view_file):
         return Standing({})
     try:
-        item = fields.parse_object(read_plainly(path, limit=_LIMIT), limit=_LIMIT, what="standing")
-        if item.get("view") != digest(read_plainly(view_file, limit=_LIMIT)):
-            return None
-        models = fields.take_object(item, "models")
-        return Standing({model: _parse(model, fields.as_object(value, model)) for model, value in models.items()})
+        return parse(read_plainly(path, limit=_LIMIT), view=digest(read_plainly(view_file, limit=_LIMIT)))
     except (OSError, ProtocolError):
         return None
+
+
+def parse(data: bytes, *, view: str) -> Standing | None:
+    """`view`: the hash that it has to name; None where it names another. Raises ProtocolError."""
+    item = fields.parse_object(data, limit=_LIMIT, what="standing")
+    if item.get("view") != view:
+        return None
+    models = fields.take_object(item, "models")
+    return Standing({model: _parse(model, fields.as_object(value, model)) for model, value in models.items()})
 
 
 def _to_json(verified: Verified) -> dict[str, Any]:

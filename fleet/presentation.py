@@ -30,6 +30,9 @@ STATE_COLOURS = {
 }  # fmt: skip
 
 
+CHOSEN = "dashboard/parts/chosen.html"
+
+
 def page_of(row: Model) -> str:
     """The admin's address of a row."""
     meta = row._meta  # noqa: SLF001  # Django's documented name for it
@@ -63,6 +66,18 @@ def ago(moment: datetime | None, *, never: str = "never") -> str:
     )
 
 
+def moment(at: datetime | None, *, never: str) -> str:
+    """The exact time in the viewer's zone, and how far away it is."""
+    if at is None:
+        return format_html('<span class="fleet-quiet">{}</span>', never)
+    return format_html(
+        '<time datetime="{}" class="fleet-time">{}</time> <span class="fleet-quiet">{}</span>',
+        at.isoformat(),
+        f"{timezone.localtime(at):%Y-%m-%d %H:%M %Z}",
+        distance(at, timezone.now()),
+    )
+
+
 def distance(moment: datetime, now: datetime) -> str:
     """`just now`, `5 minutes ago`, `in 3 days`: the largest unit only."""
     if abs((now - moment).total_seconds()) < 60:
@@ -84,6 +99,16 @@ def json_block(text: str) -> str:
     with suppress(ValueError):  # shown as it came
         text = json.dumps(json.loads(text), indent=2)
     return format_html('<pre class="fleet-json" tabindex="0">{}</pre>', text)
+
+
+def chosen(found: Any) -> SafeString:
+    """A `devices.selectors.Preview`: how many, and some of them."""
+    return render_to_string(CHOSEN, {"found": found, "more": found.total - len(found.first)})
+
+
+def not_chosen(error: str) -> SafeString:
+    """What is wrong with how devices are chosen."""
+    return render_to_string(CHOSEN, {"error": error})
 
 
 def state(value: str, words: str = "") -> str:

@@ -141,6 +141,7 @@ CELERY_BEAT_SCHEDULE: dict[str, dict[str, Any]] = {
     "spread-history": {"task": "fleet.devices.tasks.record_spread", "schedule": SWEEP_SECONDS},
     "notices-sweep": {"task": "fleet.notices.tasks.sweep", "schedule": SWEEP_SECONDS},
     "notices-retention": {"task": "fleet.notices.tasks.retention", "schedule": crontab(hour="4", minute="50")},
+    "rollouts-retention": {"task": "fleet.rollouts.tasks.retention", "schedule": crontab(hour="4", minute="20")},
     "device-retention": {"task": "fleet.devices.tasks.retention", "schedule": crontab(hour="4", minute="10")},
 }
 for _entry in CELERY_BEAT_SCHEDULE.values():

@@ -12,12 +12,12 @@ import pytest
 from deploy.bench import finetune
 from deploy.bench.__main__ import NAMES, RESULTS
 from deploy.bench.measure import Row, Section, interleaved
-from deploy.bench.report import page
+from deploy.bench.report import page, split, written
 
 ROOT = Path(__file__).resolve().parent.parent
 EXPECTED = {
-    "wrapper": 3, "swap": 25, "plateau": 5, "startup": 6, "store": 2, "memory": 3, "delta": 16, "poll": 6, "signing": 2,
-    "wire": 4, "guards": 15, "fleet": 12,
+    "wrapper": 3, "swap": 25, "plateau": 5, "startup": 6, "store": 2, "memory": 3, "delta": 16, "poll": 6, "signing": 3,
+    "wire": 4, "fleet": 12, "guards": 15, "fleet": 12,
 }  # fmt: skip
 
 
@@ -65,7 +65,7 @@ def test_a_missed_bar_is_called_missed():
         Row("fast", 1.0, "us", 2.0, "slow", "<= 2 us", met=True),
         Row("late", 3.0, "us", 2.0, "slow", "<= 2 us", met=False),
     ]
-    text = page([Section("Speed", rows)])
+    text = page({"speed": written(Section("Speed", rows))})
     assert "2 bars, 1 missed" in text
     assert "| late | 3 us | 2 us | slow | x 1.50 | <= 2 us | **missed** |" in text
 
@@ -80,7 +80,14 @@ def test_every_action_has_its_turn_in_each_round():
 
 
 def test_the_committed_page_has_every_section():
-    assert RESULTS.read_text().count("\n## ") == len(NAMES)
+    assert list(split(RESULTS.read_text())) == list(NAMES)
+
+
+def test_a_section_that_is_measured_alone_leaves_the_others_as_they_were():
+    old = page({"speed": written(Section("Speed", [], ["a note"])), "size": written(Section("Size", []))})
+    parts = split(old) | {"size": written(Section("Size, again", []))}
+    assert split(page(parts)) == parts
+    assert parts["speed"] in page(parts)
 
 
 def test_the_deltas_come_of_real_training():

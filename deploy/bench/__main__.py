@@ -1,4 +1,4 @@
-"""`make bench`: measure, print, and write deploy/bench/RESULTS.md. Some ten minutes, most of it training."""
+"""`make bench`: measure, print, write deploy/bench/RESULTS.md. Some twenty minutes; `--only … --write`: a portion."""
 
 import argparse
 import json
@@ -40,15 +40,16 @@ NAMES = (*OF_DEVICES, *OF_SERVERS)
 def main() -> int:
     options = _options()
     console = Console(stderr=options.json, width=None if sys.stdout.isatty() else 170)
-    sections = {}
+    sections, parts = {}, {}
     with tempfile.TemporaryDirectory(prefix="fleet-bench-") as folder:
         for name, section in _measure(Path(folder), TINY if options.tiny else FULL, options.only):
             report.show(console, section)
-            sections[name] = section
+            sections[name], parts[name] = section, report.written(section)
     if options.json:
         print(json.dumps({name: asdict(section) for name, section in sections.items()}))
-    elif not options.tiny and len(sections) == len(NAMES):
-        RESULTS.write_text(report.page(list(sections.values())))
+    if not options.tiny and (options.write or len(sections) == len(NAMES)):
+        kept = report.split(RESULTS.read_text()) | parts
+        RESULTS.write_text(report.page({name: kept[name] for name in NAMES if name in kept}))
         console.print(f"Written to {RESULTS}")
     return 0
 
@@ -73,10 +74,11 @@ def _make(folder: Path) -> Path:
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="make bench", description=__doc__)
     parser.add_argument(
-        "--only", nargs="+", choices=NAMES, default=NAMES, help="these alone; RESULTS.md stays as it is"
+        "--only", nargs="+", choices=NAMES, default=NAMES, help="these alone; RESULTS.md stays as it is, or see --write"
     )
+    parser.add_argument("--write", action="store_true", help="put what is measured into RESULTS.md, and leave the rest")
     parser.add_argument("--tiny", action="store_true", help="a few calls of each, which proves only that they run")
-    parser.add_argument("--json", action="store_true", help="the figures on standard output, and nothing written")
+    parser.add_argument("--json", action="store_true", help="the figures on standard output")
     return parser.parse_args()
 
 

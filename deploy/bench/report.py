@@ -2,7 +2,8 @@
 
 import os
 import platform
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -14,6 +15,9 @@ from deploy.bench.measure import Row, Section
 
 COLUMNS = ("What", "Figure", "Baseline", "Of what", "Compared", "Bar", "")
 PACKAGES = ("onnxruntime", "numpy", "django", "djangorestframework", "tuf", "cryptography", "granian", "requests")
+
+_MARK = "<!-- bench: {} -->"
+_MARKED = re.compile(r"^<!-- bench: (\w+) -->$", re.MULTILINE)
 
 
 def show(console: Console, section: Section) -> None:
@@ -29,21 +33,27 @@ def show(console: Console, section: Section) -> None:
         console.print(others)
 
 
-def page(sections: Sequence[Section]) -> str:
-    """Markdown. A figure without its machine says little, so that comes first."""
-    judged = [row for section in sections for row in section.rows if row.met is not None]
-    missed = sum(row.met is False for row in judged)
+def page(parts: Mapping[str, str]) -> str:
+    """Markdown, of sections as `written` gave them. A figure without its machine says little, so that comes first."""
+    text = "".join(f"\n{_MARK.format(name)}\n{part}" for name, part in parts.items())
+    met, missed = text.count("| met |\n"), text.count("| **missed** |\n")
     head = [
         "# What it costs",
         "",
-        f"Written by `make bench` on {datetime.now(UTC):%Y-%m-%d}. {len(judged)} bars, {missed} missed.",
+        f"Written by `make bench`. {met + missed} bars, {missed} missed.",
         "",
         "**Absolute figures move between machines, and with what else runs on them; compare within a row.** Each",
         "baseline was measured in the same run as its figure. CPU time, unless a section says otherwise.",
         "",
         *(f"- {line}" for line in machine()),
     ]
-    return "\n".join([*head, *(line for section in sections for line in _section(section)), ""])
+    return "\n".join([*head, text])
+
+
+def split(text: str) -> dict[str, str]:
+    """The sections of a page, by name."""
+    _, *found = _MARKED.split(text)
+    return {name: part.strip("\n") + "\n" for name, part in zip(found[::2], found[1::2], strict=True)}
 
 
 def machine() -> list[str]:
@@ -53,14 +63,16 @@ def machine() -> list[str]:
         f"CPU: {_field('/proc/cpuinfo', 'model name')}, {cores} cores, shared",
         f"{platform.system()} {platform.release()}, Python {platform.python_version()}",
         packages,
-        f"Load average at the end of the run: {os.getloadavg()[0]:.1f}; what others ran shows in every wall time",
     ]
 
 
-def _section(section: Section) -> list[str]:
-    return [
-        "",
+def written(section: Section) -> str:
+    """Markdown. Says when it was measured, and what else the machine did: sections may be measured one by one."""
+    load = f"load average {os.getloadavg()[0]:.1f} on {os.cpu_count()} cores"
+    lines = [
         f"## {section.title}",
+        "",
+        f"Measured on {datetime.now(UTC):%Y-%m-%d %H:%M} UTC; {load}, which shows in every wall time.",
         "",
         f"| {' | '.join(COLUMNS)} |",
         "|---|--:|--:|---|--:|---|---|",
@@ -68,6 +80,7 @@ def _section(section: Section) -> list[str]:
         *_beside(section.beside),
         *(line for note in section.notes for line in ("", note)),
     ]
+    return "\n".join([*lines, ""])
 
 
 def _beside(table: Sequence[tuple[str, ...]]) -> list[str]:

@@ -40,8 +40,8 @@ print(answered - began, time.clock_gettime(time.CLOCK_BOOTTIME) - since_boot, ti
 NOTES = (
     "The shortest of some ten starts each, in turns. Both end with their first answer.",
     "Ours has hashed every file by then, the weights beside the loading, and has asked the session once to warm it up.",
-    "Everything imported: the clock starts when numpy, onnxruntime and the SDK are. This is what the bar is about.",
-    "From the process's start: Python and all imports count, the SDK's too.",
+    "Everything imported: the clock starts when numpy, onnxruntime and the SDK are. The bar is held against that,",
+    "and against the time from the process's start, in which Python and all imports count, the SDK's too.",
     "The last view is remembered: tuf and requests are loaded by `start()`, not by `Fleet.open`.",
 )
 

@@ -113,12 +113,16 @@ _OPTIONS: dict[str, Any] = {
     "responsive": True,
     "maintainAspectRatio": False,
     "interaction": {"mode": "index", "intersect": False},
-    "plugins": {"legend": {"display": True, "position": "bottom", "labels": {"boxWidth": 10, "boxHeight": 2}}},
+    "plugins": {
+        "legend": {
+            "display": True, "position": "bottom", "labels": {"boxWidth": 10, "boxHeight": 2, "color": TICKS["color"]},
+        },
+    },
     "scales": {
         "x": {"grid": {"display": False}, "border": {"display": False}, "ticks": TICKS},
         "y": {
             "border": {"display": False}, "grid": {"tickWidth": 0}, "ticks": TICKS | {"maxTicksLimit": 5},
-            "title": {"display": True, "text": "evidence, powers of ten"},
+            "title": {"display": True, "text": "powers of ten", "color": TICKS["color"], "font": {"size": 10}},
         },
     },
 }  # fmt: skip

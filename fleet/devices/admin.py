@@ -8,7 +8,6 @@ from django.contrib import admin
 from django.core.exceptions import PermissionDenied
 from django.db.models import Model, Q, QuerySet
 from django.http import HttpRequest, HttpResponse
-from django.template.loader import render_to_string
 from django.template.response import TemplateResponse
 from django.urls import path, reverse
 from django.utils import timezone
@@ -51,8 +50,8 @@ class RunsFilter(DropdownFilter):  # type: ignore[misc]  # unfold ships no types
             fits = [pk for pk, runs in sets.items() if runs.get(model, "").split("/")[0] == version]
             return queryset.filter(runs__in=fits)
         without = [pk for pk, runs in sets.items() if model not in runs]
-        having = [names for names in Device.objects.values_list("model_names", flat=True).distinct() if model in names]
-        return queryset.filter(Q(runs__in=without) | Q(runs=None), model_names__in=having, state=Device.State.ACTIVE)
+        unused = Q(runs__in=without) | Q(runs=None)
+        return queryset.filter(unused, selectors.with_model(model), state=Device.State.ACTIVE)
 
 
 class SeenFilter(DropdownFilter):  # type: ignore[misc]  # unfold ships no types
@@ -270,11 +269,9 @@ class GroupAdmin(ModelAdmin):  # type: ignore[misc]  # unfold ships no types
 def _chosen(text: str) -> SafeString:
     """What a selector chooses now, or what is wrong with it."""
     try:
-        found = selectors.preview(selection.parse(text))
+        return presentation.chosen(selectors.preview(selection.parse(text)))
     except Invalid as error:
-        return render_to_string("dashboard/parts/chosen.html", {"error": error.message})
-    context = {"found": found, "more": found.total - len(found.first)}
-    return render_to_string("dashboard/parts/chosen.html", context)
+        return presentation.not_chosen(error.message)
 
 
 @admin.register(EnrolmentToken)

@@ -1,5 +1,6 @@
 """Forms that turn what people type (`site=north, tier=gold`) into the mappings that models hold."""
 
+from collections.abc import Mapping
 from typing import Any
 
 from django import forms
@@ -65,11 +66,19 @@ class SelectorField(forms.CharField):
             raise forms.ValidationError(error.message) from error
 
 
-# What htmx, which unfold brings, does as one types; without scripts the devices are shown once the group is saved.
-_LIVE = {
-    "hx-trigger": "input changed delay:300ms", "hx-target": "#chosen", "hx-sync": "this:replace",
-    "autocomplete": "off", "spellcheck": "false",
-}  # fmt: skip
+def counted_live(fields: Mapping[str, forms.Field], url: str) -> None:
+    """Let htmx, which unfold brings, show the chosen devices as one types. Without scripts: once it is saved."""
+    for field in fields.values():
+        typed = isinstance(field, SelectorField)
+        field.widget.attrs |= {
+            "hx-get": url,
+            "hx-trigger": "input changed delay:300ms" if typed else "change",
+            "hx-target": "#chosen",
+            "hx-sync": "#chosen:replace",
+            "hx-include": ", ".join(f"[name={name}]" for name in fields),  # these alone: no token into an address
+        }
+        if typed:
+            field.widget.attrs |= {"autocomplete": "off", "spellcheck": "false"}
 
 
 class GroupForm(forms.ModelForm):  # type: ignore[type-arg]
@@ -82,7 +91,7 @@ class GroupForm(forms.ModelForm):  # type: ignore[type-arg]
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         if "selector" in self.fields:  # not for those who may only look
-            self.fields["selector"].widget.attrs.update(_LIVE, **{"hx-get": reverse("admin:devices_group_preview")})
+            counted_live({"selector": self.fields["selector"]}, reverse("admin:devices_group_preview"))
 
     class Meta:
         model = Group

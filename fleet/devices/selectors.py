@@ -9,6 +9,7 @@ from django.conf import settings
 from django.db.models import Count, Q, QuerySet
 from django.utils import timezone
 
+from fleet import sql
 from fleet.devices.matching import chosen, selector_of
 from fleet.devices.models import Device, Group, RunningSet, SpreadSample
 from fleet.devices.selection import Selector
@@ -25,6 +26,15 @@ def running_set(device: Device, digest: str) -> RunningSet | None:
     return RunningSet.objects.filter(digest=digest).first()
 
 
+def claimed(device: int, epoch: int) -> Device | None:
+    """A device by what its credential says, with its running set."""
+    found = sql.one(Device.objects.raw("SELECT * FROM devices_device WHERE id = %s AND epoch = %s", [device, epoch]))
+    if found is not None and found.runs_id is not None:
+        known = RunningSet.objects.raw("SELECT * FROM devices_runningset WHERE id = %s", [found.runs_id])
+        found.runs = sql.one(known)
+    return found
+
+
 def members(group: Group | None) -> Iterator[Device]:
     """Active devices of a group; None is every device."""
     return chosen(selector_of(group)).select_related("runs").iterator(chunk_size=2_000)
@@ -39,8 +49,17 @@ class Preview:
 
 
 def preview(selector: Selector) -> Preview:
-    found = chosen(selector)
+    return previewed(chosen(selector))
+
+
+def previewed(found: QuerySet[Device]) -> Preview:
     return Preview(found.count(), list(found.order_by("name")[:PREVIEWED]))
+
+
+def with_model(model: str) -> Q:
+    """Devices that run the model, by the few sets of names that there are. No database's own JSON is needed."""
+    names = Device.objects.order_by().values_list("model_names", flat=True).distinct()
+    return Q(model_names__in=[each for each in names if model in each])
 
 
 def refusing() -> QuerySet[Device]:

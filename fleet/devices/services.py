@@ -44,9 +44,9 @@ logger = structlog.get_logger(__name__)
 
 
 def authenticate(header: str | None) -> Device:
-    """The active device behind an `Authorization` header. One query. Unauthorized (401), or Denied `device_pending`."""
+    """The active device behind an `Authorization` header. Unauthorized (401), or Denied `device_pending`."""
     claim = credentials.verify(header)
-    device = Device.objects.select_related("runs").filter(pk=claim.device, epoch=claim.epoch).first()
+    device = selectors.claimed(claim.device, claim.epoch)
     if device is None or device.state == Device.State.REVOKED:
         raise credentials.refused()
     if device.state == Device.State.PENDING:

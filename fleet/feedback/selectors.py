@@ -1,5 +1,6 @@
 """What is asked of devices, what came, and what the data sets hold. Nothing here writes."""
 
+from dataclasses import dataclass
 from datetime import date, datetime, timedelta
 
 from django.conf import settings
@@ -7,6 +8,7 @@ from django.db.models import Min, Q, QuerySet
 from django.utils import timezone
 
 from device_sdk.protocol.assignment import Sampling, Window
+from fleet.devices.changes import Position, newest
 from fleet.devices.models import Device
 from fleet.feedback.models import Batch, Campaign, DatasetPart
 from fleet.releases.models import Model
@@ -14,10 +16,27 @@ from fleet.releases.models import Model
 LEASE = timedelta(hours=1)  # after which the work of a compaction that was killed is taken up again
 
 
+@dataclass(frozen=True, slots=True)
+class _Kept:
+    """Active campaigns, oldest first, as they were when the change log had this position."""
+
+    position: Position
+    campaigns: tuple[tuple[datetime, str, Sampling], ...]  # until when, and of which model
+
+
+_kept = _Kept(Position(), ())
+
+
 def campaigns_in_force(now: datetime | None = None) -> dict[str, Sampling]:
-    """What is sampled of each model: the newest campaign that is active and not over. One query, whatever the fleet."""
-    rows = Campaign.objects.filter(active=True, expires_at__gt=now or timezone.now()).select_related("model")
-    return {row.model.name: _sampling(row) for row in rows.order_by("created_at", "pk")}
+    """What is sampled of each model: the newest campaign that is active and not over. One short query, and another one
+    after a change of anything.
+    """
+    global _kept  # noqa: PLW0603  # one reference, replaced whole: threads see the old or the new
+    kept, position, moment = _kept, newest(), now or timezone.now()
+    if position == Position() or position != kept.position:
+        rows = Campaign.objects.filter(active=True).select_related("model").order_by("created_at", "pk")
+        kept = _kept = _Kept(position, tuple((row.expires_at, row.model.name, _sampling(row)) for row in rows))
+    return {model: sampling for until, model, sampling in kept.campaigns if until > moment}
 
 
 def sampling_for(device: Device) -> dict[str, Sampling]:

@@ -4,17 +4,20 @@ from collections.abc import Callable
 from typing import Any, ClassVar
 
 from django.contrib import admin, messages
+from django.core.exceptions import PermissionDenied
 from django.db.models import Count, Model, QuerySet
 from django.http import HttpRequest, HttpResponse, HttpResponseRedirect
+from django.urls import path
+from django.utils.html import format_html
 from unfold.contrib.filters.admin import ChoicesDropdownFilter, RelatedDropdownFilter
 from unfold.decorators import action, display
 from unfold.enums import ActionVariant
 
-from device_sdk.protocol.assignment import CONDITION_FLAGS, CONDITION_SIZES
+from device_sdk.protocol.assignment import CONDITION_FLAGS
 from fleet import adminkit, presentation
 from fleet.adminkit import CommentForm, KeptAdmin, OptionalCommentForm, dialog
 from fleet.errors import FleetError
-from fleet.rollouts import approval, deciding, services
+from fleet.rollouts import add_page, approval, deciding, services
 from fleet.rollouts.counting import tallies
 from fleet.rollouts.forms import RolloutForm
 from fleet.rollouts.models import Outcome, Rollout
@@ -86,17 +89,7 @@ class RolloutAdmin(KeptAdmin):
         "audited",
     )
     readonly_fields = fields
-    add_fieldsets = (
-        (None, {"fields": ("release", "group", "selector", "exclude_group", "exclude")}),
-        ("Stages", {"fields": ("percents", "soak_minutes", "success_percent", "min_reports", "failure_budget")}),
-        ("Guards", {"fields": ("guards", "false_alarm_percent", "guard_devices", "guard_calls")}),
-        ("On the device", {"fields": ("on_failure", "urgent", "window_start", "window_end")}),
-        ("Probation", {"fields": watch.FIELDS}),
-        ("It waits until", {"fields": (*CONDITION_FLAGS, *CONDITION_SIZES)}),
-        ("Time", {"fields": ("timeout_days", "retries", "retry_minutes", "objective_percent", "objective_days")}),
-        ("Limits", {"fields": ("max_in_flight", "starts_per_minute")}),
-        ("Start", {"fields": ("needs_approval", "approve_stages", "start_at", "start_now", "comment")}),
-    )
+    add_fieldsets = add_page.FIELDSETS
     change_form_outer_before_template = "dashboard/rollout.html"
     actions_detail: ClassVar = [
         "start", "approve", "approve_stage", "resume", "pause", "roll_back", "reject", "cancel",
@@ -131,7 +124,21 @@ class RolloutAdmin(KeptAdmin):
     # --- adding ---------------------------------------------------------------------------------------------------
 
     def get_readonly_fields(self, request: HttpRequest, obj: Model | None = None) -> Any:
-        return self.readonly_fields if obj else ()
+        return self.readonly_fields if obj else ("reaches",)
+
+    def get_urls(self) -> list[Any]:
+        reach = self.admin_site.admin_view(self.reach)
+        return [path("reach/", reach, name="rollouts_rollout_reach"), *super().get_urls()]
+
+    def reach(self, request: HttpRequest) -> HttpResponse:
+        """How many devices a rollout would be for, as it is filled in. For who may see devices."""
+        if not request.user.has_perm("devices.view_device"):
+            raise PermissionDenied
+        return HttpResponse(add_page.reached(request.GET))
+
+    @display(description="Reaches now")
+    def reaches(self, rollout: Rollout) -> str:
+        return format_html('<div id="chosen" aria-live="polite">{}</div>', add_page.reached({}))
 
     def get_form(self, request: HttpRequest, obj: Model | None = None, change: bool = False, **kwargs: Any) -> Any:
         return super().get_form(request, obj, change, **kwargs) if change else RolloutForm
@@ -306,7 +313,7 @@ class RolloutAdmin(KeptAdmin):
     def stage(self, rollout: Rollout) -> str:
         count = rollout.stage_count  # type: ignore[attr-defined]
         if not rollout.started_at or rollout.state == State.COMPLETED:
-            return f"{count} stages"
+            return f"{count} stage{'s' * (count != 1)}"
         return f"{rollout.stage_index + 1} of {count}"
 
     @display(description="Devices")
@@ -329,7 +336,7 @@ class RolloutAdmin(KeptAdmin):
 
     @display(description="Begins at")
     def begins(self, rollout: Rollout) -> str:
-        return presentation.ago(rollout.start_at, never="when it is started")
+        return presentation.moment(rollout.start_at, never="when it is started")
 
     @display(description="Pace")
     def pace_text(self, rollout: Rollout) -> str:

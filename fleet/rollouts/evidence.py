@@ -8,12 +8,12 @@ looks at all devices.
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
-from datetime import datetime
+from datetime import datetime, timedelta
 from typing import Any
 
 import structlog
 from django.db import transaction
-from django.db.models import Count, Q
+from django.db.models import Count, F, Q
 from django.utils import timezone
 
 from device_sdk.protocol.events import COMMITTED, HEALTH, Event
@@ -24,6 +24,7 @@ from fleet.rollouts.models import Finding, GuardReading, Outcome, Rollout, Sheet
 from fleet.rollouts.quality import Change, Numbers, changes
 
 FOLDED_AT_ONCE = 5_000
+WATCHES_KEPT = timedelta(days=30)  # of a rollout that is over
 UNEXPOSED_KEPT = 5_000  # devices that stand for the unexposed of a stage; more would tell little
 POINTS = 200  # of the plot
 
@@ -285,3 +286,19 @@ def _terms(rollout: Rollout) -> guards.Terms | policy.Hold:
         return guards.Terms.parse(rollout.guards)
     except (ValueError, TypeError) as error:
         return policy.Hold(f"the guards' terms are malformed: {error}"[:500])
+
+
+# --- housekeeping -------------------------------------------------------------------------------------------------
+
+
+def thin(now: datetime) -> int:
+    """Forget what no comparison will read again; how many rows. What guards have seen (sheets, readings) stays.
+
+    1. Unexposed devices of an earlier stage or run: they are compared anew in each.
+    2. Devices of a rollout that is over, and what they told last: after `WATCHES_KEPT`, since one that was halted, or
+       rolled back when it was complete, may be resumed; those of a cancelled one at once.
+    """
+    over = Q(rollout__finished_at__lt=now - WATCHES_KEPT) | Q(rollout__state=Rollout.State.CANCELLED)
+    in_force = Q(stage=F("rollout__stage_index"), run=F("rollout__evidence_run"))
+    number, _ = Watch.objects.filter(over | Q(exposed=False) & ~in_force).delete()
+    return number + Finding.objects.filter(over).delete()[0]

@@ -4,6 +4,7 @@ from datetime import time
 from typing import Any
 
 from django import forms
+from django.urls import reverse
 from unfold.widgets import (
     UnfoldAdminDecimalFieldWidget,
     UnfoldAdminIntegerFieldWidget,
@@ -14,8 +15,9 @@ from unfold.widgets import (
 )
 
 from device_sdk.protocol.assignment import CONDITION_FLAGS, MAX_BYTES
-from fleet.devices.forms import SelectorField
+from fleet.devices.forms import SelectorField, counted_live
 from fleet.devices.models import Group
+from fleet.devices.selectors import Preview
 from fleet.errors import Invalid
 from fleet.releases.models import Release
 from fleet.rollouts import guards, services, targeting
@@ -35,7 +37,9 @@ def _megabytes(label: str, help_text: str) -> forms.IntegerField:
     )
 
 
-class RolloutForm(WatchFields, PaceForm, forms.ModelForm):  # type: ignore[type-arg]
+class TargetFields(forms.Form):
+    """Whom it is for."""
+
     release = forms.ModelChoiceField(
         Release.objects.filter(state=Release.State.VALID).select_related("model"), widget=UnfoldAdminSelectWidget
     )
@@ -53,6 +57,25 @@ class RolloutForm(WatchFields, PaceForm, forms.ModelForm):  # type: ignore[type-
     exclude = SelectorField(
         label="Without", help_text="Devices that are left out: tier=gold, or @name in (cam-1, cam-2)."
     )
+
+
+class ReachForm(TargetFields):
+    """As far as it is filled in."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.fields["release"].required = False
+
+    def reached(self) -> Preview:
+        """The devices that a rollout of these terms would be for, once it reaches 100 %. Raises Invalid."""
+        if not self.is_valid():
+            name, errors = next(iter(self.errors.items()))
+            raise Invalid("malformed", f"{self.fields[name].label or name}: {errors[0]}")
+        release = self.cleaned_data.pop("release")
+        return targeting.preview(Rollout(**self.cleaned_data), release.model.name if release else "")
+
+
+class RolloutForm(TargetFields, WatchFields, PaceForm, forms.ModelForm):  # type: ignore[type-arg]
     percents = forms.CharField(
         label="Stages",
         initial="5, 25, 100",
@@ -68,7 +91,7 @@ class RolloutForm(WatchFields, PaceForm, forms.ModelForm):  # type: ignore[type-
         min_value=1,
         max_value=100,
         widget=UnfoldAdminIntegerFieldWidget,
-        help_text="Share of the stage's devices that must have committed, after probation.",
+        help_text="Of its devices that must have committed.",
     )
     min_reports = forms.IntegerField(
         label="Reports needed",
@@ -135,7 +158,7 @@ class RolloutForm(WatchFields, PaceForm, forms.ModelForm):  # type: ignore[type-
         initial=1,
         min_value=0,
         widget=UnfoldAdminIntegerFieldWidget,
-        help_text="Exposed devices that each guard must have compared before a stage passes.",
+        help_text="Exposed ones that each guard needs.",
     )
     guard_calls = forms.IntegerField(
         label="Calls compared",
@@ -152,6 +175,11 @@ class RolloutForm(WatchFields, PaceForm, forms.ModelForm):  # type: ignore[type-
     class Meta:
         model = Rollout
         fields = ("release", "group", "selector", "exclude", "exclude_group", "on_failure", "urgent")
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        target = {name: self.fields[name] for name in TargetFields.base_fields}
+        counted_live(target, reverse("admin:rollouts_rollout_reach"))
 
     def clean_percents(self) -> list[dict[str, Any]]:
         try:

@@ -40,11 +40,20 @@ def _count(label: str, help_text: str, initial: int | None = None, most: int | N
     )
 
 
+class _MomentWidget(UnfoldAdminSplitDateTimeWidget):  # type: ignore[misc]  # unfold ships no types
+    """Unfold's, whose two inputs have no names of their own."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        for part, widget in zip(("date", "time"), self.widgets, strict=True):
+            widget.attrs["aria-label"] = f"{name}: {part}"
+
+
 class PaceForm(forms.Form):
     start_at = forms.SplitDateTimeField(
         label="Begin at",
         required=False,
-        widget=UnfoldAdminSplitDateTimeWidget,
+        widget=_MomentWidget("Begin at"),
         help_text="Begins by itself then, once it was started. In the time zone of your browser. Empty: at once.",
     )
     needs_approval = forms.BooleanField(

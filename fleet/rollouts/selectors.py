@@ -13,6 +13,7 @@ from device_sdk.protocol import events
 from device_sdk.protocol.abilities import UNSAID, Abilities
 from device_sdk.protocol.assignment import Assignment
 from device_sdk.protocol.errors import ProtocolError
+from fleet import sql
 from fleet.devices.models import Device, ModelStatus, RunningSet
 from fleet.devices.selectors import members, offline_before
 from fleet.releases.models import Release, Variant
@@ -74,8 +75,8 @@ def traits_of(device: Device) -> policy.Traits:
 
 def device_facts(device: Device, *, runs: Mapping[str, str] | None = None) -> policy.DeviceFacts:
     """All that the policy wants to know of a device. `runs` None: what the server knows."""
-    failed = Outcome.objects.filter(device=device, state=FAILED).values_list("rollout_id", flat=True)
-    return _facts(device, failed=frozenset(failed), pinned=_pinned([device]), runs=runs)
+    failed = sql.fetch("SELECT rollout_id FROM rollouts_outcome WHERE device_id = %s AND state = %s", device.pk, FAILED)
+    return _facts(device, failed=frozenset(rollout for (rollout,) in failed), pinned=_pinned([device]), runs=runs)
 
 
 def facts_of(

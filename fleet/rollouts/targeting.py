@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 from django.db.models import Q, QuerySet
 
-from fleet.devices import matching, selection
+from fleet.devices import matching, selection, selectors
 from fleet.devices.models import Device, Group
 from fleet.devices.selection import Selector
+from fleet.devices.selectors import Preview
 from fleet.errors import Invalid
 from fleet.rollouts.models import Rollout, Stage
 
@@ -44,6 +45,11 @@ def devices(rollout: Rollout) -> QuerySet[Device]:
     for each in excludes(rollout):
         left_out &= ~matching.where(each)
     return matching.chosen(selector(rollout)).filter(left_out)
+
+
+def preview(rollout: Rollout, model: str) -> Preview:
+    """How many devices a rollout is for, and some of them; also of one that was not saved yet."""
+    return selectors.previewed(devices(rollout).filter(selectors.with_model(model) if model else Q()))
 
 
 # --- writing -----------------------------------------------------------------------------------------------------

@@ -1,18 +1,18 @@
 """Read signed metadata. Nothing is cached: rows are small, and every process must see a new role at once."""
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from functools import lru_cache
 
 from django.conf import settings
-from django.db import connection
 from django.db.models import Exists, OuterRef, QuerySet
 from tuf.api.metadata import Targets
 
 from device_sdk.protocol.names import DIRECTOR
 from device_sdk.protocol.polls import Bundle
+from fleet import sql
 from fleet.devices.models import Device
 from fleet.errors import Unavailable
 from fleet.trust import repository
@@ -46,13 +46,11 @@ _IN_FORCE = """
     SELECT role, version, length, sha256 FROM trust_rolemetadata AS r
     WHERE NOT EXISTS (SELECT 1 FROM trust_rolemetadata AS n WHERE n.role = r.role AND n.version > r.version)
     ORDER BY role
-"""  # as `newest_roles`, which takes ten times as long to put together; each signing asks twice
+"""  # as `newest_roles`; each signing asks twice
 
 
 def in_force() -> InForce:
-    with connection.cursor() as cursor:
-        cursor.execute(_IN_FORCE)
-        refs = [repository.RoleRef(*row) for row in cursor.fetchall()]
+    refs = [repository.RoleRef(*row) for row in sql.fetch(_IN_FORCE)]
     root = next((ref for ref in refs if ref.role == ROOT), None)
     return InForce(root, [ref for ref in refs if ref.role != ROOT])
 
@@ -164,6 +162,12 @@ def root_text() -> str:
     return row.content
 
 
+def view_of(device: Device, *, lock: bool = False) -> DeviceView | None:
+    """`lock`: in a transaction, and others wait for its end."""
+    statement = "SELECT * FROM trust_deviceview WHERE device_id = %s"
+    return sql.one(DeviceView.objects.raw(f"{statement} {sql.for_update()}" if lock else statement, [device.pk]))
+
+
 def metadata_file(device: Device, name: str) -> str | None:
     """One file of a device's view by its plain TUF name, such as `7.detector.json`; None where there is none."""
     prefix, _, role = name.removesuffix(".json").partition(".")
@@ -180,7 +184,7 @@ def metadata_file(device: Device, name: str) -> str | None:
 def bundle_for(view: DeviceView, device: Device, *, root_version: int, manifests: Mapping[str, str]) -> Bundle:
     """All that a device at `root_version` needs to verify `view`: versions are those that its snapshot names."""
     versions = _snapshot_versions(view)
-    metadata = {f"{row.version}.root.json": row.content for row in _roots_after(root_version)}
+    metadata = {f"{version}.root.json": content for version, content in _roots_after(root_version)}
     metadata["timestamp.json"] = view.timestamp
     metadata[f"{view.version}.snapshot.json"] = view.snapshot
     metadata[f"{view.version}.{DIRECTOR}.json"] = view.director
@@ -210,8 +214,10 @@ def expiring(now: datetime) -> list[Expiring]:
     ]
 
 
-def _roots_after(version: int) -> Iterable[RoleMetadata]:
-    return RoleMetadata.objects.filter(role=ROOT, version__gt=version).order_by("version")
+def _roots_after(version: int) -> list[tuple[int, str]]:
+    """Version and content."""
+    statement = "SELECT version, content FROM trust_rolemetadata WHERE role = %s AND version > %s ORDER BY version"
+    return sql.fetch(statement, ROOT, version)
 
 
 def _snapshot_versions(view: DeviceView) -> dict[str, tuple[int, str]]:

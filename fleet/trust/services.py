@@ -183,17 +183,20 @@ def current_view(device: Device, assignments: Sequence[Assignment], *, held: int
     would refuse everything below. A version more than a day ahead is no honest one: only another online key helps.
     """
     held = held if held <= (timezone.now() + AHEAD).timestamp() else 0
-    view = next(iter(DeviceView.objects.filter(device=device)), None)  # not `first`, which sorts them
+    view = selectors.view_of(device)
     if view is not None and _is_current(view, _digest(device, assignments, selectors.in_force()), held):
         return view
     with transaction.atomic():
-        locked = DeviceView.objects.select_for_update()
-        view = next(iter(locked.filter(device=device)), None) or locked.get_or_create(device=device)[0]
+        view = selectors.view_of(device, lock=True) or _first_view(device)
         trusted = selectors.in_force()
         digest = _digest(device, assignments, trusted)
         if not _is_current(view, digest, held):
             _sign(view, device, assignments, trusted, digest, above=held)
     return view
+
+
+def _first_view(device: Device) -> DeviceView:
+    return DeviceView.objects.select_for_update().get_or_create(device=device)[0]
 
 
 def _is_current(view: DeviceView, digest: str, held: int) -> bool:
@@ -227,10 +230,18 @@ def _sign(
         version=version,
         expires=expires,
     )
-    view.version, view.inputs_digest, view.expires_at, view.signed_at = version, digest, expires, now
-    view.director, view.snapshot = signed.director.decode(), signed.snapshot.decode()
-    view.timestamp = signed.timestamp.decode()
-    view.save(force_update=True)
+    values = {
+        "version": version,
+        "inputs_digest": digest,
+        "expires_at": expires,
+        "signed_at": now,
+        "director": signed.director.decode(),
+        "snapshot": signed.snapshot.decode(),
+        "timestamp": signed.timestamp.decode(),
+    }
+    DeviceView.objects.filter(pk=view.pk).update(**values)
+    for name, value in values.items():
+        setattr(view, name, value)
 
 
 def _check_set_up(trusted: selectors.InForce) -> frozenset[str]:

@@ -18,27 +18,36 @@ FOR_TESTS = {"clock", "transport"}
 PRELUDE = """
 import types
 import numpy as np
+import onnxruntime
 from device_sdk import Fleet
 x = np.ones((1, 4), np.float32)
+frame_on_gpu = onnxruntime.OrtValue.ortvalue_from_numpy(x)
 drive, on_wifi, battery = (lambda: None), (lambda: True), types.SimpleNamespace(plugged=True)
 """
+OPENED = """
+fleet = Fleet.open("/var/lib/fleet")
+detector = fleet.model("detector")
+"""
 EPILOGUE = """
-assert fleet.health()["ok"], fleet.health()
 assert float(fleet.model({model!r}).run({{"x": x}})["y"][0, 0]) == 2.0
+assert fleet.health()["ok"], fleet.health()
 fleet.stop()
 """
 
 
 class Reader:
     """A shell in an empty folder, with the provisioning file and the wheel's commands. Runs what the README says, but
-    for the names of the directory, the device and the model.
+    for the names of the directory, the device, the model, its tensors, and a GPU.
     """
 
     def __init__(self, shop, venv, folder):
         (folder / "provision.json").write_bytes(shop.provision.read_bytes())
         self.folder, self.model, self._python = folder, shop.model, venv.python
         home = str(folder / "fleet")
-        self._names = {"/var/lib/fleet": home, "cam-17": f"{shop.model}-cam", '"detector"': f'"{shop.model}"'}
+        self._names = {
+            "/var/lib/fleet": home, "cam-17": f"{shop.model}-cam", '"detector"': f'"{shop.model}"', '"image"': '"x"',
+            '"scores"': '"y"', '"cuda"': '"cpu"',
+        }  # fmt: skip
         inherited = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
         self._environment = inherited | {"PATH": f"{venv.folder / 'bin'}:{os.environ['PATH']}"}
 
@@ -79,14 +88,17 @@ def test_every_block_of_the_readme_runs(reader):
         reader.shell(text)
     for text in programs:
         epilogue = EPILOGUE.format(model=reader.model)
-        reader.python(f"{PRELUDE}{text}{epilogue.replace('fleet.stop()', '') if 'fleet.stop()' in text else epilogue}")
+        if "fleet.stop()" in text:
+            epilogue = epilogue.replace("fleet.stop()", "")
+        reader.python(f"{PRELUDE}{'' if 'Fleet.open' in text else OPENED}{text}{epilogue}")
     assert "2.0.0/default" in reader.shell("fleet-device status --home /var/lib/fleet")
 
 
 def test_no_block_is_left_out():
-    """A block of another kind would not be run."""
+    """A block of another kind would not be run. What is mere text leaves something out on purpose."""
     fences = re.findall(r"^```(\w*)$", README.read_text(), re.MULTILINE)
-    assert set(fences[::2]) == {"python", "sh"}
+    assert set(fences[::2]) == {"python", "sh", "text"}
+    assert all("…" in text for _, text in blocks(README, "text"))
     assert set(fences[1::2]) == {""}
 
 

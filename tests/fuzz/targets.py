@@ -20,9 +20,11 @@ import numpy as np
 import requests
 from tuf.api.metadata import Metadata
 
-from device_sdk import download, transport
+from device_sdk import download, ledger, standing, transport
 from device_sdk.config import Identity, Provision
+from device_sdk.counts import Counts
 from device_sdk.errors import TransferError, UntrustedError
+from device_sdk.ledger import Done, Ledger
 from device_sdk.protocol import fields, limits
 from device_sdk.protocol.abilities import Abilities
 from device_sdk.protocol.arrays import npy
@@ -38,7 +40,9 @@ from device_sdk.protocol.names import ReleasePath
 from device_sdk.protocol.patches.frames import HEAD_BYTES, Head
 from device_sdk.protocol.patches.offers import PatchOffer, offers_to_json, parse_offers
 from device_sdk.protocol.polls import Bundle, EnrolRequest, Tag
+from device_sdk.protocol.scores import KINDS, Scores
 from device_sdk.trust import Trust
+from device_sdk.updater import judge
 from device_sdk.uploader import Upload
 from fleet.api import blobs
 from fleet.devices import selection
@@ -224,6 +228,59 @@ def run_upload(data: bytes) -> None:
     upload = Upload.parse(parsed(data))
     assert upload.method in {"PUT", "POST"}
     assert all(isinstance(value, str) for value in upload.headers.values())
+
+
+def run_scores(data: bytes) -> None:
+    scores = Scores.parse(parsed(data))
+    assert scores.output
+    assert scores.kind in KINDS
+    assert Scores.parse(parsed(dumped(scores.to_json()))) == scores
+
+
+# Device: files of ours, as a crash or a person may leave them
+
+
+COUNTS = Counts(
+    calls=900, errors=1, checked=500, times=((20, 300), (40, 200)), scored=400, confidence=320.0,
+    classes=((0, 300), (7, 100)), changes=9,
+)  # fmt: skip
+COMPARING = Probation(5, 1.0, 0.1, 0.1, max_slowdown=2.0, max_confidence_drop=0.2, max_class_shift=0.3)
+
+
+def run_ledger(data: bytes) -> None:
+    """Whatever it says: a trial can be judged beside it."""
+    for done in ledger.parse(data).values():
+        for sha, each in done.items():
+            assert re.fullmatch("[0-9a-f]{64}", sha)
+            assert each.seconds >= 0
+            judge(COMPARING, COUNTS, 100.0, each.counts)
+            judge(COMPARING, each.and_then(COUNTS, 1.0).counts, each.seconds, COUNTS)
+
+
+def ledger_file() -> bytes:
+    with tempfile.TemporaryDirectory() as folder:
+        kept = Ledger(Path(folder) / "ledger.json")
+        kept.keep("digits", "ab" * 32, Done(COUNTS, 60.5), kept={"ab" * 32})
+        return (Path(folder) / "ledger.json").read_bytes()
+
+
+def run_standing(data: bytes) -> None:
+    """It may say what must not be served, and never what is to be installed."""
+    found = standing.parse(data, view="ab" * 32)
+    for model, each in found.assignments.items() if found else ():
+        check_release(each.assignment.release)
+        assert each.assignment.release is None or each.assignment.release.model == model
+        assert (each.manifest, each.manifest_bytes) == (None, None)
+        assert all(re.fullmatch("[0-9a-f]{64}", sha) for sha in each.listed or ())
+
+
+def standing_file() -> bytes:
+    with tempfile.TemporaryDirectory() as folder:
+        view, path = Path(folder) / "view.json", Path(folder) / "standing.json"
+        view.write_bytes(b"{}")
+        said = {"digits": standing.Remembered(ASSIGNMENT, frozenset({"cd" * 32}))}
+        standing.remember(path, view, {**said, "other": standing.Remembered(Assignment("other", stop=True), None)})
+        return path.read_bytes().replace(digest(b"{}").encode(), b"ab" * 32)
 
 
 # Device: what the server and the hosts say
@@ -525,6 +582,9 @@ TARGETS = (
             Provision("https://fleet.example", "{}", "token", ("digits",), ("cdn.example:8443",), START).to_bytes()
         ],
     ),
+    Target("scores", run_scores, lambda: [dumped(Scores("y", kind).to_json()) for kind in KINDS]),
+    Target("ledger", run_ledger, lambda: [ledger_file()]),
+    Target("standing", run_standing, lambda: [standing_file()]),
     Target("identity", run_identity, lambda: [Identity("cam-1", "0" * 32, "secret").to_bytes()]),
     Target(
         "upload",

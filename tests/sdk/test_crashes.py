@@ -6,7 +6,7 @@ import pytest
 
 from device_sdk import store
 from device_sdk.store import FileOps
-from tests.survival import matrix, mutants
+from tests.survival import disk, matrix, mutants
 from tests.survival.crashes import CHANGES
 from tests.survival.outcome import in_memory
 
@@ -47,6 +47,17 @@ def test_a_disk_that_fails_at_any_operation_leaves_the_old_model_and_the_update_
     for tried in matrix.failures(folder, every=4):
         assert tried.broken == []
         assert tried.count > 20
+
+
+def test_a_real_disk_that_is_full_or_read_only_leaves_the_old_model_and_the_update_goes_on(tmp_path):
+    found, missing = disk.tried(tmp_path)
+    if missing:
+        pytest.skip(f"no tmpfs may be mounted here: {missing}")
+    assert [tried.broken for tried in found] == [[], []]
+    full, read_only = (tried.outcomes for tried in found)
+    assert sum(count for name, count in full.items() if name.startswith("refused, served")) >= 5
+    assert sum(count for name, count in full.items() if name.startswith("updated")) >= 5
+    assert list(read_only) == ["refused, then old release"]
 
 
 def test_the_matrix_notices_each_precaution_that_is_taken_out(folder):

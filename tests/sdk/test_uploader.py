@@ -11,7 +11,8 @@ from device_sdk.protocol.names import ReleasePath
 from device_sdk.spool import Spool
 from device_sdk.traffic import Clock, Limits, Traffic
 from device_sdk.uploader import Uploader
-from tests.sdk.world import Server, _json
+from tests.sdk.world import Server, World, X, _json, scaling
+from tests.simulator import DAY
 
 BATCHES = "/api/device/v1/batches"
 NIGHT = Sampling(campaign="night", rate=1.0, max_samples=100, expires=2**33, window=Window(120, 300))
@@ -239,3 +240,21 @@ def test_deadline_of_an_upload_leaves_time_for_the_rate(tmp_path, monkeypatch):
     monkeypatch.setattr(yard.server, "request", request)
     yard.uploader.run()
     assert max(deadlines) > yard.sent
+
+
+def test_devices_uploads_keep_to_the_budget_that_it_was_opened_with_through_restarts(tmp_path):
+    world, path = World(tmp_path / "device"), "detector/1.0.0/default"
+    limits = {"max_upload_bytes_per_day": 20_000}
+    with world.committed(path, scaling(1), **limits) as fleet:
+        asked = Sampling("c", 1.0, 1_000, world.server.simulator.now + DAY)
+        world.server.assign(world.server.publish(path, scaling(1)), sampling=asked)
+        fleet.update_once()
+        for _ in range(60):
+            fleet.model("detector").run(X)
+        fleet._worker.spool.drain()
+        assert fleet.upload_now().sent > 0
+    with world.open(**limits) as fleet:
+        assert fleet.status().samples_waiting["detector"] > 0
+        report = fleet.upload_now()
+        assert (report.sent, report.put_off > 0) == (0, True)
+        assert 10_000 < sum(batch["length"] for batch in world.server.batches.values()) <= 20_000

@@ -20,7 +20,7 @@ from typing import Any
 import django
 
 RESULT = "chaos: "
-KILLS = 12  # of the statements of a tick, evenly spread
+LEAST_DEATHS, MOST_DEATHS = 5, 60  # of processes, until a tick at which five rollouts move is done
 ROUNDS = 2
 
 
@@ -193,21 +193,48 @@ def tick_once_connected(start: int) -> None:
 
 
 def killed_worker() -> None:
-    """SIGKILL before each of many statements of a tick; the next tick, of another process, makes it whole."""
-    total = statements_of(world())
-    assert total > KILLS
-    died = 0
-    for number in range(1, total + 1, max(1, total // KILLS)):
-        made = world()
-        code = ended(forked(lambda at=number: killed_at(at)))[0]
-        died += code == -signal.SIGKILL
+    """SIGKILL after each commit, which is all that a death leaves behind: of each process, after its second one.
+
+    Its first one notes the time; so each gets one step farther, until one finds nothing to do and lives.
+    """
+    made, died = world(), 0
+    while (code := ended(forked(lambda: killed_after_commit(2)))[0]) == -signal.SIGKILL:
+        died += 1
+        assert died < MOST_DEATHS, "no tick gets any farther"
+    assert code == 0
+    assert died >= LEAST_DEATHS, died
+    made.check()
+
+
+def killed_after_commit(number: int) -> None:
+    """Tick, and die after so many commits that wrote something: transactions, and statements that are one each."""
+    from django.db import connection
+
+    real, seen, wrote = connection.commit, 0, False
+
+    def committed() -> None:
+        nonlocal seen, wrote
+        wrote, seen = False, seen + 1
+        if seen == number:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    def commit() -> None:
+        real()
+        if wrote:
+            committed()
+
+    def noting(execute: Any, sql: str, values: Any, many: bool, context: Any) -> Any:
+        nonlocal wrote
+        answer = execute(sql, values, many, context)
+        if sql.startswith(("INSERT", "UPDATE", "DELETE")) and context["cursor"].rowcount:
+            wrote = True
+            if not connection.in_atomic_block:
+                committed()
+        return answer
+
+    connection.commit = commit  # type: ignore[method-assign]
+    with connection.execute_wrapper(noting):
         tick()
-        tick()
-        try:
-            made.check()
-        except AssertionError as error:
-            raise AssertionError(f"killed before statement {number} of {total}") from error
-    assert died >= KILLS, died
 
 
 def statements_of(made: World) -> int:
@@ -219,10 +246,6 @@ def statements_of(made: World) -> int:
     tick()
     made.check()
     return len(seen)
-
-
-def killed_at(number: int) -> None:
-    at_statement(number, lambda: os.kill(os.getpid(), signal.SIGKILL))
 
 
 def at_statement(number: int, act: Callable[[], object]) -> None:

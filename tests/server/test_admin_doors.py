@@ -69,7 +69,8 @@ ROOMS = {
     "trust/rolemetadata": Room(own={"overview/": LOOKERS}),
     "rollouts/rollout": Room(
         add=OPERATORS,
-        own={
+        own={"reach/": LOOKERS}
+        | {
             f"<path:object_id>/{name}/": OPERATORS
             for name in (
                 "start",

@@ -5,13 +5,14 @@ from typing import Any
 
 import pytest
 from django.db import connection
+from django.db.models import Count
 from django.test import Client
 from django.test.utils import CaptureQueriesContext
 from django.utils import timezone
 
 from device_sdk.protocol import events
 from fleet.devices.models import Device
-from fleet.rollouts import evidence, services
+from fleet.rollouts import evidence, services, tasks
 from fleet.rollouts.models import Finding, GuardReading, Outcome, Rollout, RolloutAction, Watch
 from tests.fleet_world import event, group
 from tests.server.guard_world import GUARDS, HALVES, NEW_LOAD, OLD_LOAD, GuardedFleet, numbers
@@ -255,3 +256,25 @@ def test_a_release_that_nobody_guards_costs_a_report_one_question(client: Client
     with CaptureQueriesContext(connection) as seen:
         evidence.note(fleet.callers[0].device, told, {})
     assert len(seen) == 1
+
+
+def test_what_no_comparison_reads_again_is_forgotten_in_the_night_and_the_rest_is_kept(client: Client) -> None:
+    fleet = GuardedFleet(client, 4).live()
+
+    def sides() -> dict[bool, int]:
+        return dict(Watch.objects.order_by().values_list("exposed").annotate(number=Count("pk")))
+
+    assert sides() == {True: 2, False: 4}  # who is exposed now was not before
+    tasks.retention()
+    assert sides() == {True: 2, False: 4}, "all of it is of the stage in force"
+    Rollout.objects.filter(pk=fleet.rollout.pk).update(stage_index=1)
+    tasks.retention()
+    assert sides() == {True: 2}
+    services.roll_back(rollout=fleet.rollout.pk, actor="ann")
+    tasks.retention()
+    assert sides() == {True: 2}, "it may be resumed"
+    Rollout.objects.update(finished_at=timezone.now() - timedelta(days=31))
+    assert Finding.objects.exists()
+    tasks.retention()
+    assert sides() == {}
+    assert not Finding.objects.exists()

@@ -126,7 +126,7 @@ def told(assignment: Assignment) -> Told:
     return assignment.release.version if assignment.release else None, assignment.rollout, assignment.stop
 
 
-@settings(max_examples=300)
+@settings(max_examples=120)
 @given(snapshot=snapshots, device=devices)
 def test_desired_is_what_asking_each_rollout_in_turn_says(snapshot: Snapshot, device: DeviceFacts) -> None:
     answers = policy.desired(snapshot, device)
@@ -145,7 +145,7 @@ def test_a_plan_is_for_every_device_of_its_traits(
         assert policy.decide(plans[facts.traits], facts) == policy.desired(snapshot, facts)
 
 
-@settings(max_examples=300)
+@settings(max_examples=120)
 @given(snapshot=snapshots, device=devices)
 def test_what_is_explained_is_what_is_desired(snapshot: Snapshot, device: DeviceFacts) -> None:
     """And the rollout that decides is the first of those that admit the device; pinned, none decides."""

@@ -405,3 +405,21 @@ def test_a_group_shows_how_many_devices_it_has_as_one_types_and_when_it_is_saved
     page = client.get(f"/admin/devices/group/{Group.objects.get().pk}/change/").content.decode()
     assert 'data-count="10"' in page
     assert 'hx-get="/admin/devices/group/preview/"' in page
+
+
+def test_the_form_of_a_rollout_counts_whom_it_would_reach_as_one_types(client: Client) -> None:
+    for number in range(10):
+        device(f"cam-{number}", labels={"site": "berlin"})
+    device("other", labels={"site": "berlin"}, model_names=["speech"])
+    client.force_login(superuser())
+    made, everyone = release("1.0.0"), group("all", site=["berlin"])
+
+    def typed(**given: object) -> str:
+        return client.get("/admin/rollouts/rollout/reach/", given).content.decode()
+
+    assert 'data-count="11"' in typed()
+    assert 'data-count="9"' in typed(release=made.pk, group=everyone.pk, exclude="@name=cam-0")
+    assert 'data-count="0"' in typed(exclude_group=everyone.pk)
+    assert "Only: " in typed(selector="site=<b>")
+    assert "&lt;b&gt;" in typed(selector="site=<b>")
+    assert 'hx-get="/admin/rollouts/rollout/reach/"' in client.get("/admin/rollouts/rollout/add/").content.decode()

@@ -6,6 +6,8 @@ import zipfile
 
 import pytest
 
+from tests.wheel import __main__ as of_the_sdk
+
 pytestmark = pytest.mark.e2e
 # What a device never needs: the server's framework, its tools, and heavy things that only the server uses.
 FOREIGN = {"django", "fleet", "celery", "rest_framework", "boto3", "pyarrow", "onnx", "psycopg", "structlog", "deploy"}
@@ -71,3 +73,11 @@ def test_every_module_of_the_sdk_can_be_imported_there(bare_venv):
 @pytest.mark.parametrize("command", [["-m", "device_sdk", "--help"], ["-m", "device_sdk.publish", "--help"]])
 def test_the_commands_explain_themselves(bare_venv, command):
     assert "usage" in bare_venv.run(*command).stdout.lower()
+
+
+def test_the_sdks_tests_run_there(bare_venv):
+    """A few of them; `python -m tests.wheel` runs all."""
+    done = of_the_sdk.run(bare_venv, ["-q", "tests/sdk/test_unload_first.py", "-k", "auto"], capture_output=True)
+
+    assert done.returncode == 0, done.stdout
+    assert "3 passed" in done.stdout

@@ -40,16 +40,14 @@ class BareVenv:
         return done
 
 
-@pytest.fixture(scope="session")
-def wheel() -> Iterator[Path]:
+def built_wheel() -> Iterator[Path]:
     with temporary_folder("wheel") as folder:
         _run(sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(folder), str(ROOT))
         (built,) = folder.glob("*.whl")
         yield built
 
 
-@pytest.fixture(scope="session")
-def bare_venv(wheel: Path) -> Iterator[BareVenv]:
+def made(wheel: Path) -> Iterator[BareVenv]:
     with temporary_folder("device") as folder:
         venv = BareVenv(folder / "venv")
         _run(sys.executable, "-m", "venv", str(venv.folder))
@@ -57,6 +55,16 @@ def bare_venv(wheel: Path) -> Iterator[BareVenv]:
         _run(*pip, "--require-hashes", "-r", str(ROOT / "requirements" / "device.txt"))
         _run(*pip, "--no-deps", "--no-index", str(wheel))
         yield venv
+
+
+@pytest.fixture(scope="session", name="wheel")
+def _wheel() -> Iterator[Path]:
+    yield from built_wheel()
+
+
+@pytest.fixture(scope="session", name="bare_venv")
+def _bare_venv(wheel: Path) -> Iterator[BareVenv]:
+    yield from made(wheel)
 
 
 def _run(*command: str) -> None:
