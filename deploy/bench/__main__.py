@@ -26,7 +26,7 @@ from deploy.bench import (
     wire,
     wrapper,
 )
-from deploy.bench.measure import FULL, TINY, Scale, Section
+from deploy.bench.measure import FULL, SMALL, TINY, Scale, Section
 
 RESULTS = Path(__file__).with_name("RESULTS.md")
 OF_DEVICES = {
@@ -42,12 +42,12 @@ def main() -> int:
     console = Console(stderr=options.json, width=None if sys.stdout.isatty() else 170)
     sections, parts = {}, {}
     with tempfile.TemporaryDirectory(prefix="fleet-bench-") as folder:
-        for name, section in _measure(Path(folder), TINY if options.tiny else FULL, options.only):
+        for name, section in _measure(Path(folder), _scale(options), options.only):
             report.show(console, section)
             sections[name], parts[name] = section, report.written(section)
     if options.json:
         print(json.dumps({name: asdict(section) for name, section in sections.items()}))
-    if not options.tiny and (options.write or len(sections) == len(NAMES)):
+    if _scale(options) is FULL and (options.write or len(sections) == len(NAMES)):
         kept = report.split(RESULTS.read_text()) | parts
         RESULTS.write_text(report.page({name: kept[name] for name in NAMES if name in kept}))
         console.print(f"Written to {RESULTS}")
@@ -66,6 +66,10 @@ def _measure(folder: Path, scale: Scale, names: Sequence[str]) -> Iterator[tuple
         yield name, OF_SERVERS[name].measure(_make(folder / name), scale, world)
 
 
+def _scale(options: argparse.Namespace) -> Scale:
+    return TINY if options.tiny else SMALL if options.small else FULL
+
+
 def _make(folder: Path) -> Path:
     folder.mkdir()
     return folder
@@ -77,6 +81,7 @@ def _options() -> argparse.Namespace:
         "--only", nargs="+", choices=NAMES, default=NAMES, help="these alone; RESULTS.md stays as it is, or see --write"
     )
     parser.add_argument("--write", action="store_true", help="put what is measured into RESULTS.md, and leave the rest")
+    parser.add_argument("--small", action="store_true", help="on smaller models, fewer devices: minutes, not an hour")
     parser.add_argument("--tiny", action="store_true", help="a few calls of each, which proves only that they run")
     parser.add_argument("--json", action="store_true", help="the figures on standard output")
     return parser.parse_args()

@@ -14,7 +14,7 @@ from typing import Any
 
 from deploy.bench import finetune, patchers
 from deploy.bench.finetune import Shape, adamw, quantised, sgd, to_onnx
-from deploy.bench.measure import FULL, Row, Scale, Section
+from deploy.bench.measure import FULL, SMALL, Row, Scale, Section
 from deploy.bench.patchers import PATCH_FROM, TOOLS, Made
 from device_sdk.protocol.patches.frames import NOTHING
 from fleet.releases.deltas import maker
@@ -65,14 +65,16 @@ class Cost:
 
 
 def measure(folder: Path, scale: Scale) -> Section:
-    full = scale is FULL
-    shape, steps = (finetune.FULL, 150) if full else (finetune.TINY, 3)
+    full, beside_all = scale is FULL, scale in {FULL, SMALL}
+    shape, steps = {FULL: (finetune.FULL, 150), SMALL: (finetune.SMALL, 150)}.get(scale, (finetune.TINY, 3))
     told: list[str] = []
     rows, costs, beside = [], [], [HEAD]
     for number, change in enumerate(changes(shape, steps, told)):
         place = folder / str(number)
         cost = patch(place, change.old, change.new)
-        others = patchers.all_make(place / "base" / NAME, place / "target" / NAME, place) if full or not number else {}
+        others = (
+            patchers.all_make(place / "base" / NAME, place / "target" / NAME, place) if beside_all or not number else {}
+        )
         rows.append(_row(change, cost, others, judged=full))
         costs.append((change, cost))
         told.append(_whole(change, cost))

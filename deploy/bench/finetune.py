@@ -30,6 +30,7 @@ class Shape:
 
 
 FULL = Shape()
+SMALL = Shape(vocabulary=4_000, width=96, layers=4, heads=4, tokens=8)
 TINY = Shape(vocabulary=900, width=32, layers=2, heads=2, tokens=8)
 
 

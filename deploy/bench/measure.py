@@ -3,7 +3,7 @@
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 Action = Callable[[], object]
@@ -60,6 +60,8 @@ class Scale:
 FULL = Scale(
     rounds=41, calls=2_000, requests=30, swaps=12, layer=2_048, switches=200, hundred=100, devices=1_000_000
 )  # fmt: skip
+# For a machine that has no hour: everything is measured, on less.
+SMALL = replace(FULL, rounds=11, requests=10, swaps=4, layer=1_024, hundred=20, devices=50_000)
 TINY = Scale(rounds=1, calls=20, requests=2, swaps=1, layer=64, switches=2, hundred=4, devices=50)
 
 

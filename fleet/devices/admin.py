@@ -102,6 +102,7 @@ class DeviceAdmin(ReadOnlyAdmin):
     change_form_outer_before_template = "dashboard/device.html"
     actions: ClassVar = ["approve_selected"]
     actions_detail: ClassVar = ["approve", "revoke"]
+    always_offered: ClassVar[tuple[str, ...]] = ()  # whatever its state
 
     def get_search_results(
         self, request: HttpRequest, queryset: QuerySet[Device], search_term: str
@@ -119,6 +120,7 @@ class DeviceAdmin(ReadOnlyAdmin):
             Device.State.PENDING: {"approve", "revoke"},
             Device.State.ACTIVE: {"revoke"},
         }.get(Device.State(device.state) if device else Device.State.REVOKED, set())
+        wanted |= set(self.always_offered)
         return [item for item in super().get_actions_detail(request, object_id) if item.path in wanted]
 
     @action(
