@@ -24,6 +24,7 @@ def sound(tmp_path_factory, postgres, redis_server, s3) -> dict[str, str]:
         | production_environment(postgres, redis_server, s3)
         | {
             "FLEET_BEHIND_TLS": "1",
+            "FLEET_WEBHOOK_PRIVATE": "0",
             "FLEET_ALLOWED_HOSTS": "fleet.example.org",
             "FLEET_ONLINE_KEY_URI": f"file2:{folder / 'online.pem'}",
             "FLEET_ONLINE_KEY_PUBLIC": str(folder / "online.pub.json"),
