@@ -17,7 +17,7 @@ pytest_plugins = ["tests.services", "tests.live", "tests.wheel.venv"]
 # Tests that share a costly thing run on one xdist worker, so that it is made once. By what stands in a test's id: xdist
 # 3.8 writes the groups of `--dist loadgroup` where pytest 9.2 no longer reads them.
 GROUPS = {
-    "production": ("[production", ),
+    "production": ("[production", "tests/e2e/test_fast_poll"),
     "embedded": (
         "[embedded", "tests/attacks/test_rows", "tests/deploy/test_mirror", "tests/e2e/test_faults",
         "tests/e2e/test_acceptance", "tests/e2e/test_foreign", "tests/e2e/test_sdk_readme", "tests/e2e/test_revocation",

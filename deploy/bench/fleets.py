@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from http import HTTPStatus
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -67,10 +68,11 @@ def _section(devices: int, found: dict[str, float]) -> Section:
         Row("start of a rollout to all", found["start"], "s", walk, "a walk over all devices"),
         Row("rows written at the start, with the rollout's own", written + 1, "rows", 1, "its own", "none for a device",
             written == 0),
-        Row("who lags, counted by the task", found["survey"], "s", walk, "a walk over all devices"),
-        Row("a page of laggards, API", found["laggards"], "s", walk, "a walk over all devices"),
+        Row("who lags with a model, the first time", found["survey"], "s", walk, "a walk over all devices"),
+        Row("who lags with a model, and a page of them", found["laggards"], "s", walk, "a walk over all devices"),
         Row("devices, first page", found["list"], "s", walk, "a walk over all devices"),
-        Row("devices, found by a name's beginning", found["search"], "s", found["contains"], "by any part of any text"),
+        Row("devices, found by a name's beginning", found["search"], "s", found["contains"],
+            "any part of any text, in the database"),
     ], NOTES)  # fmt: skip
 
 
@@ -201,29 +203,37 @@ def _start() -> dict[str, float]:
 
 
 def _laggards() -> dict[str, float]:
-    from fleet.rollouts.counting import summary, survey
+    """With one model. The first time, cohorts are hashed that nobody has asked for in this process."""
+    from fleet.rollouts.counting import survey
 
-    return {"survey": _timed(summary.count), "laggards": _timed(lambda: survey.Pages("reader")[:50])}
+    first, again = (_timed(lambda: survey.Pages("reader")[:50]) for _ in range(2))
+    return {"survey": first, "laggards": again}
 
 
 def _pages() -> dict[str, float]:
     """The admin's own pages, by its own views."""
     from django.contrib.auth.models import User
+    from django.db.models import Q
     from django.test import Client
 
     from fleet.devices.models import Device
 
     client = Client(SERVER_NAME="127.0.0.1")
     client.force_login(User.objects.create_superuser(username="bench-admin"))
-    name = Device.objects.latest("pk").name
-    client.get("/admin/devices/device/")  # imports and templates
-    found = {}
-    for each, query in (("list", ""), ("search", f"?q={name[:-1]}"), ("contains", f"?q={name[1:-1]}")):
-        answers = []
-        found[each] = _median(lambda q=query, into=answers: into.append(client.get(f"/admin/devices/device/{q}")), 3)
-        if {answer.status_code for answer in answers} != {200}:
-            raise RuntimeError(f"no page for {query!r}: {answers[0].status_code}")
-    return found
+    begins = Device.objects.latest("pk").name[:-1]
+    anywhere = Device.objects.filter(Q(name__icontains=begins) | Q(labels__icontains=begins) | Q(sdk__icontains=begins))
+
+    def page(query: str) -> None:
+        answer = client.get(f"/admin/devices/device/{query}")
+        if answer.status_code != HTTPStatus.OK:
+            raise RuntimeError(f"no page for {query!r}: {answer.status_code}")
+
+    page("")  # imports and templates
+    return {
+        "list": _median(lambda: page(""), 3),
+        "search": _median(lambda: page(f"?q={begins}"), 3),
+        "contains": _median(lambda: (anywhere.count(), list(anywhere.order_by("name")[:100])), 3),
+    }
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ from unfold.enums import ActionVariant
 
 from fleet import adminkit, presentation
 from fleet.adminkit import CommentForm, KeptAdmin, OptionalCommentForm, ReadOnlyAdmin
-from fleet.devices import selection, selectors, services
+from fleet.devices import searching, selection, selectors, services
 from fleet.devices.forms import EnrolmentTokenForm, GroupForm
 from fleet.devices.models import Device, DeviceEvent, EnrolmentToken, Group, RunningSet
 from fleet.errors import Invalid
@@ -95,12 +95,20 @@ class DeviceAdmin(ReadOnlyAdmin):
     list_display: ClassVar = ["name", "state_label", "running", "label_list", "sdk_version", "seen"]
     list_filter: ClassVar = [("state", ChoicesDropdownFilter), RunsFilter, SeenFilter, RefusesFilter]
     search_fields: ClassVar = ["name", "labels", "sdk"]
+    search_help_text = searching.HELP
     list_select_related: ClassVar = ["runs", "token"]
     fields = ("model_list", "pin_list", "sdk_version", "can_run", "enrolled_by", "enrolled", "lost", "audited")
     readonly_fields = fields
     change_form_outer_before_template = "dashboard/device.html"
     actions: ClassVar = ["approve_selected"]
     actions_detail: ClassVar = ["approve", "revoke"]
+    always_offered: ClassVar[tuple[str, ...]] = ()  # whatever its state
+
+    def get_search_results(
+        self, request: HttpRequest, queryset: QuerySet[Device], search_term: str
+    ) -> tuple[QuerySet[Device], bool]:
+        found = searching.search(queryset, search_term) if search_term.strip() else None
+        return super().get_search_results(request, queryset, search_term) if found is None else (found, False)
 
     def has_act_permission(self, request: HttpRequest, obj: Any = None) -> bool:
         return bool(request.user.has_perm("devices.change_device"))
@@ -112,6 +120,7 @@ class DeviceAdmin(ReadOnlyAdmin):
             Device.State.PENDING: {"approve", "revoke"},
             Device.State.ACTIVE: {"revoke"},
         }.get(Device.State(device.state) if device else Device.State.REVOKED, set())
+        wanted |= set(self.always_offered)
         return [item for item in super().get_actions_detail(request, object_id) if item.path in wanted]
 
     @action(

@@ -24,7 +24,8 @@ class _Kept:
     campaigns: tuple[tuple[datetime, str, Sampling], ...]  # until when, and of which model
 
 
-_kept = _Kept(Position(), ())
+NOTHING = _Kept(Position(), ())
+_kept = NOTHING
 
 
 def campaigns_in_force(now: datetime | None = None) -> dict[str, Sampling]:

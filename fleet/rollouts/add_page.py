@@ -40,7 +40,7 @@ FIELDSETS = (
         "What each device waits for, and what it may use. Usually nothing: they install at their next poll.",
         "urgent",
         ("window_start", "window_end"),
-        CONDITION_FLAGS,
+        *CONDITION_FLAGS,
         *zip(CONDITION_SIZES[::2], CONDITION_SIZES[1::2], strict=True),
         folded=True,
     ),

@@ -17,11 +17,13 @@ from device_sdk.protocol.assignment import CONDITION_FLAGS
 from fleet import adminkit, presentation
 from fleet.adminkit import CommentForm, KeptAdmin, OptionalCommentForm, dialog
 from fleet.errors import FleetError
-from fleet.rollouts import add_page, approval, deciding, services
+from fleet.rollouts import add_page, approval, deciding, device_admin, services
 from fleet.rollouts.counting import tallies
 from fleet.rollouts.forms import RolloutForm
 from fleet.rollouts.models import Outcome, Rollout
 from fleet.rollouts.terms import watch
+
+__all__ = ["device_admin"]
 
 State = Rollout.State
 

@@ -115,7 +115,9 @@ class RolloutForm(TargetFields, WatchFields, PaceForm, forms.ModelForm):  # type
         widget=UnfoldAdminTimeWidget,
         help_text="In each device's own local time. Empty: any time.",
     )
-    window_end = forms.TimeField(label="Install until", required=False, widget=UnfoldAdminTimeWidget)
+    window_end = forms.TimeField(
+        label="Install until", required=False, widget=UnfoldAdminTimeWidget, help_text="May be on the day after."
+    )
     unmetered = forms.BooleanField(
         required=False, widget=UnfoldBooleanSwitchWidget, help_text="Wait for a network not paid for by the byte."
     )

@@ -11,6 +11,7 @@ from django.utils import timezone
 from tuf.api.metadata import Targets
 
 from device_sdk.protocol.assignment import Assignment
+from fleet import sql
 from fleet.audit.services import record
 from fleet.devices.changes import policy_changed
 from fleet.devices.models import Device
@@ -183,13 +184,13 @@ def current_view(device: Device, assignments: Sequence[Assignment], *, held: int
     would refuse everything below. A version more than a day ahead is no honest one: only another online key helps.
     """
     held = held if held <= (timezone.now() + AHEAD).timestamp() else 0
-    view = selectors.view_of(device)
-    if view is not None and _is_current(view, _digest(device, assignments, selectors.in_force()), held):
+    view, assigned = selectors.view_of(device), inputs.of_assignments(assignments)
+    if view is not None and _is_current(view, _digest(device, assigned, selectors.in_force()), held):
         return view
     with transaction.atomic():
         view = selectors.view_of(device, lock=True) or _first_view(device)
         trusted = selectors.in_force()
-        digest = _digest(device, assignments, trusted)
+        digest = _digest(device, assigned, trusted)
         if not _is_current(view, digest, held):
             _sign(view, device, assignments, trusted, digest, above=held)
     return view
@@ -205,8 +206,8 @@ def _is_current(view: DeviceView, digest: str, held: int) -> bool:
     return view.expires_at - timezone.now() > settings.VIEW_RENEW_BEFORE
 
 
-def _digest(device: Device, assignments: Sequence[Assignment], trusted: selectors.InForce) -> str:
-    return inputs.of_view(device.name, inputs.of_assignments(assignments), inputs.of_trust(trusted))
+def _digest(device: Device, assigned: str, trusted: selectors.InForce) -> str:
+    return inputs.of_view(device.name, assigned, inputs.of_trust(trusted))
 
 
 def _sign(
@@ -230,7 +231,7 @@ def _sign(
         version=version,
         expires=expires,
     )
-    values = {
+    values: dict[str, str | int | datetime] = {
         "version": version,
         "inputs_digest": digest,
         "expires_at": expires,
@@ -239,7 +240,7 @@ def _sign(
         "snapshot": signed.snapshot.decode(),
         "timestamp": signed.timestamp.decode(),
     }
-    DeviceView.objects.filter(pk=view.pk).update(**values)
+    sql.update(view, values)
     for name, value in values.items():
         setattr(view, name, value)
 

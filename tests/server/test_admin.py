@@ -21,6 +21,7 @@ from device_sdk.config import Provision
 from device_sdk.protocol.polls import EnrolRequest
 from fleet.accounts.models import ApiToken
 from fleet.dashboard import selectors, views
+from fleet.devices import searching
 from fleet.devices import services as devices
 from fleet.devices.models import Device, DeviceEvent, EnrolmentToken, Group, SpreadSample
 from fleet.feedback.models import Campaign, DatasetPart
@@ -406,6 +407,15 @@ def test_only_what_the_state_allows_is_offered(fleet, as_user, state, buttons):
     assert {action for action in ACTIONS if f"/{fleet.running.pk}/{action}/" in page} == buttons
 
 
+def test_a_rollout_that_has_not_begun_says_how_to_play_it_first(fleet, as_user):
+    client, command = as_user("victor"), f"simulate --rollout {fleet.running.pk} --out"
+    assert command not in client.get(address(fleet.running)).content.decode()
+
+    Rollout.objects.filter(pk=fleet.running.pk).update(state="draft", started_at=None)
+
+    assert command in client.get(address(fleet.running)).content.decode()
+
+
 def test_an_action_on_a_rollout_that_is_not_there_is_not_found(fleet, as_user):
     missing = Rollout(pk=fleet.running.pk + 1000)
 
@@ -560,6 +570,8 @@ def test_a_viewer_approves_and_revokes_nothing(fleet, as_user):
         ("state__exact=pending", lambda d: d.state == "pending"),
         ("seen=silent", lambda d: d.last_seen < timezone.now() - timedelta(days=1)),
         ("q=vienna", lambda d: d.labels["site"] == "vienna"),
+        ("q=site%20in%20(vienna,%20linz)", lambda d: d.labels["site"] in {"vienna", "linz"}),
+        ("q=camera-00", lambda d: d.name.startswith("camera-00")),
     ],
 )
 def test_devices_are_found_by_what_they_run_and_how_they_are(fleet, as_user, query, fits):
@@ -570,6 +582,16 @@ def test_devices_are_found_by_what_they_run_and_how_they_are(fleet, as_user, que
     found = {device.name for device in page.context["cl"].queryset}
     assert found == {device.name for device in Device.objects.select_related("runs") if fits(device)}
     assert found
+
+
+def test_a_large_fleet_is_searched_by_the_beginning_of_a_name_or_by_labels(fleet, as_user, monkeypatch):
+    monkeypatch.setattr(searching, "SMALL", 3)
+    asked = {"camera-00": True, "amera-00": False, "vienna": False, "site=vienna": True, "site=": False}
+    for typed, some in asked.items():
+        page = as_user("victor").get(listing(Device), {"q": typed})
+        found = [device.name for device in page.context["cl"].queryset]
+        assert bool(found) == some, typed
+        assert typed != "camera-00" or all(name.startswith(typed) for name in found)
 
 
 def test_a_group_is_chosen_by_labels_that_people_type(fleet, as_user):

@@ -58,7 +58,9 @@ ROOMS = {
     "auth/user": Room(OWNERS, OWNERS, OWNERS, OWNERS, {"<id>/password/": OWNERS}),
     "auth/group": Room(OWNERS, OWNERS, OWNERS, OWNERS),
     "accounts/apitoken": Room(add=OWNERS, delete=OWNERS),
-    "devices/device": Room(own={f"<path:object_id>/{name}/": OPERATORS for name in ("approve", "revoke")}),
+    "devices/device": Room(
+        own={f"<path:object_id>/{name}/": OPERATORS for name in ("approve", "revoke", "pin", "labels")}
+    ),
     "devices/group": Room(add=OPERATORS, change=OPERATORS, delete=OPERATORS, own={"preview/": LOOKERS}),
     "devices/enrolmenttoken": Room(add=OPERATORS, own={"<path:object_id>/revoke/": OPERATORS}),
     "devices/deviceevent": Room(),

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from device_sdk.protocol.cohorts import cohort
 from fleet.devices.models import Device, Group, ModelStatus
+from fleet.releases.models import Variant
 from fleet.rollouts import objective, policy, selectors, services, snapshots, tasks
 from fleet.rollouts.counting import admission, cohorts, summary, survey, tallies
 from fleet.rollouts.counting.admission import Admission
@@ -28,6 +29,7 @@ pytestmark = pytest.mark.django_db
 State = Rollout.State
 ago = lambda **span: timezone.now() - timedelta(**span)  # noqa: E731
 VERSIONS = ("1.0.0", "1.1.0", "1.2.0")
+LACKING = 2  # of three devices the last has an SDK too old for 1.2.0
 WHEN_IT_BEGAN = -1  # instead of minutes: at the very moment of the first rollout's stage
 RUNS = st.sampled_from([None, {}, *({"digits": f"{version}/default"} for version in VERSIONS)])
 
@@ -82,6 +84,7 @@ def entry(*outcomes: str, runs: Any = None, seen: int | None = 0, status: str = 
 @example([rolled("1.1.0"), rolled("1.2.0")], [entry("", "failed"), entry("", "failed"), entry("updating", "failed")])
 @example([rolled("1.1.0")], [entry(seen=WHEN_IT_BEGAN), entry(seen=None), entry(seen=30, status="testing 1.1.0")])
 @example([rolled("1.1.0")], [entry(seen=None, refuses=True), entry(refuses=True, status="waiting 1.1.0")])
+@example([rolled("1.2.0")], [entry(), entry(), entry(seen=None), entry()])
 @settings(max_examples=30, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 @given(drawn=ROLLOUTS, entries=DEVICES)
 def test_the_fast_counts_are_those_of_one_device_after_the_other(drawn: list[Any], entries: list[Any]) -> None:
@@ -107,6 +110,7 @@ def compare(rollouts: list[Rollout]) -> None:
 
 def make_rollouts(drawn: list[Any]) -> list[Rollout]:
     releases = {version: release(version) for version in VERSIONS}
+    Variant.objects.filter(release=releases["1.2.0"]).update(requires={"sdk": "2.0.0"})
     groups = {"": None, "north": group("north", site=["north"]), "south": group("south", site=["south"])}
     made = []
     for number, (version, state, percent, site, minutes, exclude, ring) in enumerate(drawn):
@@ -129,6 +133,7 @@ def make_devices(entries: list[Any], rollouts: list[Rollout]) -> None:
         row = device(
             f"cam-{number}", runs=runs, labels={"site": site}, model_names=models, state=state,
             last_seen=rollouts[0].stage_since if minutes == WHEN_IT_BEGAN else _seen(minutes),
+            sdk="1.0.0" if number % 3 == LACKING else "",
             pins={"digits": pin} if pin and "digits" in models else {},
             refusal={"code": "expired", "message": "", "model": "", "at": ago().isoformat()} if refuses else {},
         )  # fmt: skip

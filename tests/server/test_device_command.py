@@ -1,4 +1,4 @@
-"""`manage.py device`: what REST does with a device, by the same services, in the same audit trail."""
+"""`manage.py device`, REST and the admin do the same with a device, by the same services, in the same audit trail."""
 
 from collections.abc import Callable
 from io import StringIO
@@ -11,7 +11,7 @@ from fleet.audit.models import AuditEntry
 from fleet.devices import services
 from fleet.devices.models import Device
 from fleet.errors import Unauthorized
-from tests.fleet_world import api_token, operator, release
+from tests.fleet_world import api_token, operator, release, superuser
 from tests.fleet_world import device as enrolled
 
 pytestmark = pytest.mark.django_db
@@ -29,6 +29,21 @@ def over_rest(row: Device, action: str, **body: object) -> None:
     assert answer.status_code == 200, answer.content
 
 
+def in_the_admin(row: Device, action: str, **body: str) -> None:
+    client = Client()
+    client.force_login(superuser())
+    posted = {"_form_submitted": "on", "comment": "why", **body}
+    answer = client.post(f"/admin/devices/device/{row.pk}/{action}/", posted)
+    assert answer.status_code == 302, answer.content.decode()[:2000]
+
+
+IN_THE_ADMIN: dict[str, tuple[str, dict[str, str]]] = {
+    "approve": ("approve", {}),
+    "revoke": ("revoke", {}),
+    "pin": ("pin", {"model": "digits", "version": "1.0.0"}),
+    "unpin": ("pin", {"model": "digits", "version": ""}),
+    "labels": ("labels", {"labels": "site=graz, lab=yes"}),
+}
 DOORS: dict[str, tuple[Callable[[], str], Callable[[Device], None]]] = {
     "approve": (
         lambda: device("approve", "cam-1", "--comment", "why"),
@@ -54,21 +69,27 @@ DOORS: dict[str, tuple[Callable[[], str], Callable[[Device], None]]] = {
 
 
 @pytest.mark.parametrize("action", DOORS)
-def test_the_command_and_rest_do_the_same_and_the_trail_says_the_same(action: str) -> None:
+def test_command_rest_and_admin_do_the_same_and_the_trail_says_the_same(action: str) -> None:
     release("1.0.0")
     found = []
-    for door in range(2):
+    for door in range(3):
         pins = {"digits": "1.0.0"} if action == "unpin" else {}
         row = enrolled(state="pending" if action == "approve" else "active", pins=pins)
-        act = DOORS[action]
-        _ = act[0]() if door == 0 else act[1](row)
+        if door == 0:
+            DOORS[action][0]()
+        elif door == 1:
+            DOORS[action][1](row)
+        else:
+            path, body = IN_THE_ADMIN[action]
+            in_the_admin(row, path, **body)
         row.refresh_from_db()
         entry = AuditEntry.objects.filter(target="cam-1").latest("pk")
         told = (entry.action, entry.comment, entry.detail, row.state, row.epoch, row.pins, row.labels)
         found.append((told, entry.actor_kind))
         row.delete()
-    assert found[0][0] == found[1][0]
-    assert (found[0][0][1], found[0][1], found[1][1]) == ("why", "command", "token")
+    assert found[0][0] == found[1][0] == found[2][0]
+    assert found[0][0][1] == "why"
+    assert [who for _, who in found] == ["command", "token", "user"]
 
 
 def test_reissue_prints_a_credential_that_works_where_the_old_one_does_not() -> None:

@@ -31,7 +31,7 @@ from tests.fleet_world import MODEL, completed, device, event, group, post, rele
 from tests.registry import Registry
 from tests.server.fast_world import Clock, Server, request, tag_of
 
-pytestmark = pytest.mark.django_db
+pytestmark = [pytest.mark.django_db, pytest.mark.usefixtures("bounded_memory")]
 RUNS = {MODEL: "1.0.0/default"}
 
 
@@ -54,6 +54,10 @@ def server(entry: Device) -> Server:
 @pytest.fixture
 def idle(server: Server, entry: Device) -> dict[str, Any]:
     """The poll of a device at rest, answered once from memory already."""
+    return at_rest(server, entry)
+
+
+def at_rest(server: Server, entry: Device) -> dict[str, Any]:
     answer, _ = server.poll(request(entry, str(Tag(0, running_digest(RUNS))), query="root=1"))
     environ = request(entry, tag_of(answer, RUNS), query="root=1")
     for _ in range(2):
@@ -198,6 +202,23 @@ def test_every_process_learns_of_views_that_another_one_signed(
     other.fast.feed.table.know({running_digest(RUNS): RUNS})
     other.look()
     assert (other.poll(moved)[0].status, other.poll(moved)[1]) == (304, True)
+
+
+def test_a_device_that_changes_is_looked_at_anew_though_its_new_kind_is_known(
+    server: Server, entry: Device, idle: dict[str, Any]
+) -> None:
+    """First it gets the labels of another that is at rest, then it fails where that one goes on."""
+    newer = running(release("2.0.0"), group=group("berlin", site=["berlin"]))
+    other = at_rest(server, device("cam-2", labels={"site": "berlin"}, runs=RUNS))
+    assert server.poll(idle)[1]
+    devices.set_labels(device=entry, labels={"site": "berlin"}, actor="ann")
+    server.look()
+    assert server.poll(idle)[0].status == 200
+    moved = at_rest(server, entry)
+    rollouts.note_events(entry, [event("failed", newer.release, rollout=newer)])
+    server.look()
+    assert server.poll(moved)[0].status == 200
+    assert server.poll(other)[1]
 
 
 def test_whatever_may_alter_an_answer_stands_in_the_log(registry: Registry) -> None:

@@ -28,7 +28,7 @@ from tests.fleet_world import MODEL, device, event, group, post, release, runnin
 from tests.registry import Registry
 from tests.server.fast_world import Answer, Clock, Server, request, undone
 
-pytestmark = pytest.mark.django_db
+pytestmark = [pytest.mark.django_db, pytest.mark.usefixtures("bounded_memory")]
 VERSIONS = ("1.0.0", "1.1.0", "2.0.0")
 RUNS = ({}, {MODEL: "1.0.0/default"}, {MODEL: "2.0.0/default"}, {MODEL: "0.0.1/never-heard-of"})
 LABELS = ({}, {"site": "berlin"}, {"site": "hamburg", "variant": "int8"})

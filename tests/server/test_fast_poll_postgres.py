@@ -5,8 +5,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from tests.live import ROOT
 from tests.services import Postgres
+
+pytestmark = pytest.mark.usefixtures("bounded_memory")
 
 SCRIPT = """
 import threading, time

@@ -376,12 +376,14 @@ def test_a_device_samples_its_models_by_the_newest_campaign_in_force(world):
 
 
 def test_what_is_in_force_is_one_query_for_the_whole_fleet(world, django_assert_num_queries):
-    campaign(world)
+    made = campaign(world)
     with django_assert_num_queries(2):
         assert [*selectors.campaigns_in_force()] == ["digits"]
     with django_assert_num_queries(1):  # nothing changed since
         assert [*selectors.campaigns_in_force()] == ["digits"]
     assert selectors.campaigns_in_force(timezone.now() + timedelta(days=9_999)) == {}
+    services.end_campaign(campaign=made)
+    assert selectors.campaigns_in_force() == {}
 
 
 def test_the_window_can_be_pulled_forward(world):

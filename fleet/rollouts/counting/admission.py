@@ -41,9 +41,9 @@ class Admission:
 
     def assigned(self, rollout: int, model: str) -> Numbers:
         """Places of the devices that should run the release because of this rollout."""
-        found = [self._assigned_in(part, rollout) for part in self.parts(model)]
-        found.append(self._pinned_to(rollout, model))
-        return np.concatenate(found)
+        if model not in self._walks:
+            self._walks[model] = [_Walk(self, part) for part in self.parts(model)]
+        return np.concatenate([*(walk.upto(rollout) for walk in self._walks[model]), self._pinned_to(rollout, model)])
 
     def parts(self, model: str) -> Iterator[Part]:
         """What the policy says of a model, to whom: crowds with the same options together, pins left out."""
@@ -123,17 +123,6 @@ class Admission:
         places = np.flatnonzero(self.pinned)
         return dict(zip(self.roster.ids[places].tolist(), places.tolist(), strict=True))
 
-    def _assigned_in(self, part: Part, rollout: int) -> Numbers:
-        """Newest first: whom one lets in, no later one gets."""
-        places, labels = part.places, dict(part.traits.labels)
-        options = part.plan.options
-        for option in options if any(option.rollout.id == rollout for option in options) else ():
-            inside = self.lets_in(option, labels, places)
-            if option.rollout.id == rollout:
-                return places[inside] if option.assignment.rollout else places[:0]
-            places = places[~inside]
-        return places[:0]
-
     def _pinned_to(self, rollout: int, model: str) -> Numbers:
         assigned = [
             self.place_of[device.pk]
@@ -153,6 +142,10 @@ class Admission:
         return {}
 
     @cached_property
+    def _walks(self) -> dict[str, list["_Walk"]]:
+        return {}
+
+    @cached_property
     def _names(self) -> dict[int, str]:
         """Of a small fleet: one query, where there are many groups."""
         return dict(names(np.sort(self.roster.ids)))
@@ -167,6 +160,25 @@ class Admission:
         rows = Outcome.objects.filter(state=Outcome.State.FAILED, rollout__state__in=policy.IN_FORCE)
         rollouts, devices = columns(rows, "rollout_id", "device_id")
         return {int(pk): devices[rollouts == pk] for pk in np.unique(rollouts)}
+
+
+class _Walk:
+    """The options of a part, newest first: whom one lets in, no later one gets. Goes as far as it was asked, once."""
+
+    def __init__(self, admission: Admission, part: Part) -> None:
+        self._admission, self._labels = admission, dict(part.traits.labels)
+        self._ahead, self._left = list(part.plan.options), part.places
+        self._found: dict[int, Numbers] = {}
+
+    def upto(self, rollout: int) -> Numbers:
+        """Whom it lets in. Raises OverBudgetError, and goes on from there the next time."""
+        while rollout not in self._found and any(option.rollout.id == rollout for option in self._ahead):
+            option = self._ahead[0]
+            inside = self._admission.lets_in(option, self._labels, self._left)
+            self._found[option.rollout.id] = self._left[inside] if option.assignment.rollout else self._left[:0]
+            self._left = self._left[~inside]
+            self._ahead.pop(0)
+        return self._found.get(rollout, self._left[:0])
 
 
 def _kind(plan: policy.ModelPlan, crowd: Crowd) -> tuple[object, ...]:
