@@ -33,6 +33,7 @@ def server(next_key):
     following = {
         "FLEET_NEXT_ONLINE_KEY_URI": f"file:{next_key}",
         "FLEET_NEXT_ONLINE_KEY_PUBLIC": str(next_key.with_suffix(".pub.json")),
+        "FLEET_FAST_POLL": "0",  # the next poll shows what was done; with it, any within a second
     }
     with serving("drills", following) as live:
         yield live

@@ -8,7 +8,6 @@ import io
 import itertools
 import json
 import shutil
-import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -20,7 +19,7 @@ from device_sdk import Fleet, publish, signing
 from device_sdk.protocol.polls import Bundle
 from tests.attacks.forgery import part
 from tests.attacks.world import Shop
-from tests.live import KNOWN, LiveServer
+from tests.live import LiveServer
 from tests.sdk.world import scaling
 
 ONES = {"x": np.ones((1, 4), np.float32)}
@@ -88,9 +87,7 @@ class Custody:
 
     def bring(self) -> str:
         """The stick to the server. What it said."""
-        said = self.server.manage("trust_import", str(self.stick))
-        time.sleep(KNOWN)
-        return said
+        return self.server.manage("trust_import", str(self.stick))
 
     def newest_root(self) -> int:
         return max(int(path.name.split(".")[0]) for path in self.stick.glob("*.root.json"))
