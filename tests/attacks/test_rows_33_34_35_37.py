@@ -36,6 +36,7 @@ def test_row_33_links_and_pipes_planted_in_the_model_directory_are_refused(shop,
         victim, evil = tmp_path / "victim", tmp_path / "evil"
         victim.write_bytes(STRANGE)
         evil.write_bytes(bytes(len(data)))
+        device.catches_up()  # the new release stands in every view
         with assert_unharmed(device, volatile=("store/blobs", "store/incoming", "store/.state")):
             (store / "incoming" / f"{sha}.part").symlink_to(victim)
             (store / "blobs" / sha).symlink_to(evil)

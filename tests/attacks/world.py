@@ -43,7 +43,7 @@ from cryptography.x509.oid import NameOID
 from device_sdk import enrolment, publish
 from device_sdk.protocol.polls import EVENTS, INTERVAL_HEADER, POLL, Bundle
 from tests.attacks import ATTACKED
-from tests.live import ROOT, LiveServer
+from tests.live import KNOWN, ROOT, LiveServer
 from tests.sdk.loopback import Asked, Loopback, Reply
 from tests.sdk.world import scaling
 from tests.services import end_with_me
@@ -481,6 +481,11 @@ class Device:
         self.runs(factor)
         self.comes_to(lambda: "refuses what it is sent" not in self.page(), "its page shows that it is over")
         self._mark = len(self.logged())
+
+    def catches_up(self) -> None:
+        """It has the server's newest view, with what was done a moment ago."""
+        time.sleep(KNOWN)
+        self.poll()
 
     def settles(self) -> None:
         """It runs what the server has for it: a row with a device of its own rolls out to every device of the model."""
