@@ -9,8 +9,8 @@ sum = $(firstword $(shell cksum requirements/$(1).txt))
 DEMO := .venv/.demo-$(call sum,demo)
 TEST := .venv/.test-$(call sum,test)
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes -r
-# Tests that share a server or a browser stay on one worker, see tests/conftest.py.
-WORKERS ?= 2
+# Tests that share a server or a browser stay on one worker, see tests/conftest.py. Three for two cores: some wait.
+WORKERS ?= 3
 PYTEST := $(BIN)/python -m pytest -n $(WORKERS)
 
 .DEFAULT_GOAL := help

@@ -17,30 +17,48 @@ pytest_plugins = ["tests.services", "tests.live", "tests.wheel.venv"]
 # Tests that share a costly thing run on one xdist worker, so that it is made once. By what stands in a test's id: xdist
 # 3.8 writes the groups of `--dist loadgroup` where pytest 9.2 no longer reads them.
 GROUPS = {
-    "production": ("[production", "tests/e2e/test_fast_poll"),
+    "attacks": ("tests/attacks/test_rows",),
     "embedded": (
-        "[embedded", "tests/attacks/test_rows", "tests/deploy/test_mirror", "tests/e2e/test_faults",
-        "tests/e2e/test_acceptance", "tests/e2e/test_foreign", "tests/e2e/test_sdk_readme", "tests/e2e/test_revocation",
-        "tests/e2e/test_guards", "tests/e2e/test_notices", "tests/e2e/test_waiting", "tests/wheel/",
-        "tests/server/test_secrets",
+        "[embedded", "tests/deploy/test_mirror", "tests/e2e/test_faults", "tests/e2e/test_acceptance",
+        "tests/e2e/test_foreign", "tests/e2e/test_sdk_readme", "tests/e2e/test_revocation", "tests/e2e/test_guards",
+        "tests/e2e/test_notices", "tests/e2e/test_waiting", "tests/wheel/", "tests/server/test_secrets",
     ),
     "browser": ("tests/browser/",),
+    "production": ("[production", "tests/e2e/test_fast_poll"),
     "drills": ("tests/drills/",),
     "bench": ("tests/test_bench.py",),
 }  # fmt: skip
-ALONE = ("tests/e2e/test_demo.py",)  # with servers of their own
+# With servers of their own, or commands without end. They wait more than they work: after the groups, before the small.
+ALONE = ("tests/e2e/test_demo.py", "tests/deploy/test_keys.py", "tests/e2e/test_readme.py")
 
 
 class Scheduling(LoadScopeScheduling):
-    """Each group to one worker, every other test to whoever is free."""
+    """Each group to one worker, every other test to whoever is free. What takes long comes first."""
 
     def _split_scope(self, nodeid: str) -> str:
-        found = (group for group, parts in GROUPS.items() if any(part in nodeid for part in parts))
-        return nodeid if nodeid.startswith(ALONE) else next(found, nodeid)
+        return group_of(nodeid) or nodeid
+
+
+def group_of(nodeid: str) -> str | None:
+    found = (group for group, parts in GROUPS.items() if any(part in nodeid for part in parts))
+    return None if nodeid.startswith(ALONE) else next(found, None)
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: turn(item.nodeid))
+
+
+def turn(nodeid: str) -> int:
+    group = group_of(nodeid)
+    if group is not None:
+        return list(GROUPS).index(group)
+    return len(GROUPS) + (not nodeid.startswith(ALONE))
 
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Scheduling:
+    config.option.loadscopereorder = False  # xdist's own order puts single tests last, however long they take
     return Scheduling(config, log)
 
 

@@ -185,6 +185,7 @@ def test_a_trial_whose_updating_process_is_killed_twice_is_rolled_back_by_the_th
         fleet._lock = None
         eventually(lambda: any(each.said["updates"] for each in several))
         (victim,) = [each for each in several if each.said["updates"]]
+        eventually(lambda: Store(world.path / "store").state("detector").starts == 2)  # it answers for the trial now
         assert not Store(world.path / "store").is_bad(trial)
         victim.kill()
         several.remove(victim)
