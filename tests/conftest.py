@@ -27,6 +27,9 @@ GROUPS = {
     "production": ("[production", "tests/e2e/test_fast_poll"),
     "drills": ("tests/drills/",),
     "bench": ("tests/test_bench.py",),
+    "chaos": ("tests/server/test_chaos",),
+    "week": ("tests/sdk/test_week",),
+    "deploy": ("tests/operations/test_deploy_check",),
 }  # fmt: skip
 # With servers of their own, or commands without end. They wait more than they work: after the groups, before the small.
 ALONE = ("tests/e2e/test_demo.py", "tests/deploy/test_keys.py", "tests/e2e/test_readme.py")
