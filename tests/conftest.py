@@ -17,6 +17,10 @@ pytest_plugins = ["tests.services", "tests.live", "tests.wheel.venv"]
 # Tests that share a costly thing run on one xdist worker, so that it is made once. By what stands in a test's id: xdist
 # 3.8 writes the groups of `--dist loadgroup` where pytest 9.2 no longer reads them.
 GROUPS = {
+    "production": (
+        "[production", "tests/e2e/test_fast_poll", "test_serve.py::test_a_presigned",
+        "test_serve.py::test_metrics_gather",
+    ),
     "attacks": ("tests/attacks/test_rows",),
     "embedded": (
         "[embedded", "tests/deploy/test_mirror", "tests/e2e/test_faults", "tests/e2e/test_acceptance",
@@ -24,7 +28,6 @@ GROUPS = {
         "tests/e2e/test_notices", "tests/e2e/test_waiting", "tests/wheel/", "tests/server/test_secrets",
     ),
     "browser": ("tests/browser/",),
-    "production": ("[production", "tests/e2e/test_fast_poll"),
     "drills": ("tests/drills/",),
     "bench": ("tests/test_bench.py",),
     "chaos": ("tests/server/test_chaos",),

@@ -2,7 +2,8 @@
 
 Production means PostgreSQL, Redis, S3, two web processes and `FLEET_PRODUCTION`. A test that takes the fixture `live`
 runs on both; `embedded` and `production` are each one of them. A server is started once for each xdist worker and
-shared, so a test names its own models, devices and rollouts.
+shared, so a test names its own models, devices and rollouts. While no test asks for one, it is stopped: a server
+without work still ticks, and cores are few.
 """
 
 import json
@@ -11,11 +12,12 @@ import secrets
 import sys
 import urllib.request
 from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from urllib.error import HTTPError, URLError
 
+import psutil
 import pytest
 
 from tests.manager import Manager
@@ -42,6 +44,7 @@ class LiveServer:
     log: Path
     keystore: Path  # of the offline keys: `trust_add_model NAME --keystore …`
     manage: Manager  # runs `manage.py` against this server's database, and returns what it printed
+    pid: int
     user: str = USER
 
     def logged(self) -> str:
@@ -55,14 +58,47 @@ def live(request: pytest.FixtureRequest) -> LiveServer:
 
 @pytest.fixture(scope="session")
 def embedded() -> Iterator[LiveServer]:
-    with serving("embedded", {}) as server:
+    with serving("embedded", {}) as server, shared(server):
         yield server
 
 
 @pytest.fixture(scope="session")
 def production(postgres: Postgres, redis_server: Redis, s3: S3) -> Iterator[LiveServer]:
-    with serving("production", production_environment(postgres, redis_server, s3), "--workers", "2") as server:
+    environment = production_environment(postgres, redis_server, s3)
+    with serving("production", environment, "--workers", "2") as server, shared(server):
         yield server
+
+
+NAMES = {"live", *BACKENDS}  # of the fixtures
+_shared: list[psutil.Process] = []
+
+
+@contextmanager
+def shared(server: LiveServer) -> Iterator[None]:
+    _shared.append(psutil.Process(server.pid))
+    yield
+    _shared.pop()
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    wake_or_rest(is_asked_for=bool(NAMES & set(getattr(item, "fixturenames", ()))))
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_teardown(nextitem: pytest.Item | None) -> None:
+    if nextitem is None:
+        wake_or_rest(is_asked_for=True)  # what has been stopped does not end
+
+
+def wake_or_rest(*, is_asked_for: bool) -> None:
+    """Let the shared servers of this process go on, or stop them, with all their processes, where they stand."""
+    for server in _shared:
+        if is_asked_for == (server.status() != psutil.STATUS_STOPPED):
+            continue
+        for process in (server, *server.children(recursive=True)):
+            with suppress(psutil.NoSuchProcess):
+                process.resume() if is_asked_for else process.suspend()
 
 
 def production_environment(postgres: Postgres, redis_server: Redis, s3: S3) -> dict[str, str]:
@@ -95,8 +131,9 @@ def serving(backend: str, extra: dict[str, str], *options: str) -> Iterator[Live
             prepare(manage, keystore)
             log = folder / "serve.log"
             command = [sys.executable, "manage.py", "serve", "--port", str(port), "--no-migrate", *options]
-            with running(command, log, ready=lambda: probe(f"{url}/readyz"), cwd=ROOT, env=env):
-                yield LiveServer(backend, url, env, env["DJANGO_SUPERUSER_PASSWORD"], log, keystore, manage)
+            with running(command, log, ready=lambda: probe(f"{url}/readyz"), cwd=ROOT, env=env) as process:
+                password = env["DJANGO_SUPERUSER_PASSWORD"]
+                yield LiveServer(backend, url, env, password, log, keystore, manage, process.pid)
 
 
 def online_key(folder: Path) -> dict[str, str]:

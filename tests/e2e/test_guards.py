@@ -15,6 +15,7 @@ from device_sdk.protocol.events import Event, EventPost
 from device_sdk.protocol.names import ReleasePath
 from device_sdk.protocol.polls import EVENTS
 from tests.attacks.world import Shop
+from tests.live import KNOWN
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(180)]
 DEVICES = 20
@@ -122,6 +123,7 @@ class Fleet:
                 camera.works(150, error_rate if new else 0.005)
                 camera.tells(pk if new else "")
 
+        time.sleep(KNOWN)
         self.each(act)
 
 
