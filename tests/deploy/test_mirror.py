@@ -167,10 +167,9 @@ def test_it_serves_nothing_but_files_by_their_hash(mirror):
     assert mirror.fetched() == 0
 
 
-@pytest.mark.parametrize("backend", ["embedded", "production"])
-def test_a_mirror_gets_bytes_and_no_redirect_wherever_files_are_kept(request, tmp_path, backend):
+def test_a_mirror_gets_bytes_and_no_redirect_wherever_files_are_kept(live, tmp_path):
     """By ranges, as nginx asks; from S3 too, where devices themselves are sent to a presigned address."""
-    shop = Shop(request.getfixturevalue(backend), tmp_path)
+    shop = Shop(live, tmp_path)
     data = large(1)
     shop.release(shop.new_factor(), data)
     said = shop.server.manage("api_token", f"site-{shop.model}", "--scope", "mirror", "--model", shop.model)
