@@ -11,7 +11,6 @@ from device_sdk.config import Home
 from device_sdk.standing import remember
 
 LIMIT = 1.15
-LARGER = 5 / 3  # wider layers: 2.8 times the bytes, some 90 MB
 _BARE = """
 import time
 import numpy, onnxruntime
@@ -47,7 +46,11 @@ NOTES = (
 
 
 def measure(folder: Path, scale: Scale) -> Section:
-    rows = [row for width in (scale.layer, int(scale.layer * LARGER)) for row in _of(folder / str(width), width, scale)]
+    rows = [
+        row
+        for width in (scale.layer, int(scale.layer * models.LARGER))
+        for row in _of(folder / str(width), width, scale)
+    ]
     return Section("Start-up without a network, weights as external data", rows, NOTES)
 
 

@@ -175,9 +175,10 @@ class Felt:
 
 
 def measure(folder: Path, scale: Scale) -> Section:
-    releases = [models.medium(scale.layer, seed) for seed in range(2)]
+    width = int(scale.layer * models.LARGER)  # the bars are for a model of some 90 MB
+    releases = [models.medium(width, seed) for seed in range(2)]
     size = sum(map(len, releases[0].values())) / 2**20
-    feeds = {"x": np.ones((1, scale.layer), np.float32)}
+    feeds = {"x": np.ones((1, width), np.float32)}
     device, naive = Device(folder / "device", releases), Naive(folder / "naive", releases)
     device.begin()
     with Load(lambda: device.model.run(feeds)).on(1):
