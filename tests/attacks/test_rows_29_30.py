@@ -23,7 +23,7 @@ from tests.attacks.world import assert_unharmed, eventually
 from tests.deltas import frame, head, model, moved, sha, weights
 from tests.sdk.loopback import Asked, Reply
 
-pytestmark = [pytest.mark.e2e, pytest.mark.timeout(120)]
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(240)]
 TAKEN = ("trust/view.json", "trust/floor.json", "store/manifests/")
 BASE = weights(29)
 MIB = 2**20
@@ -72,7 +72,8 @@ class Attack:
             answer = requests.get(self.shop.server.url + path, headers=headers, timeout=30)
             return {each.base: each for each in parse_offers(answer.content)} if answer.ok else {}
 
-        eventually(lambda: sha(self.old) in made(), "the server to make the patch")
+        # One at a time, after those for every release that the rows before have pushed.
+        eventually(lambda: sha(self.old) in made(), "the server to make the patch", patience=120)
         return made()[sha(self.old)]
 
     def begin(self, bad):
