@@ -51,8 +51,9 @@ def test_a_disk_that_fails_at_any_operation_leaves_the_old_model_and_the_update_
 
 def test_a_real_disk_that_is_full_or_read_only_leaves_the_old_model_and_the_update_goes_on(tmp_path):
     found, missing = disk.tried(tmp_path)
-    if missing:
-        pytest.skip(f"no tmpfs may be mounted here: {missing}")
+    if missing:  # a machine that lets nobody mount, as many containers: the errors injected above are what there is
+        assert any(word in missing for word in ("permitted", "denied", "'mount'", "no unshare")), missing
+        return
     assert [tried.broken for tried in found] == [[], []]
     full, read_only = (tried.outcomes for tried in found)
     assert sum(count for name, count in full.items() if name.startswith("refused, served")) >= 5
