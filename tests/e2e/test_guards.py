@@ -105,11 +105,12 @@ class Fleet:
         return self.shop.api("GET", f"rollouts/{pk}/")
 
     def becomes(self, pk, **wanted):
-        """The rollout, once it is so; looked at no more often than the engine ticks."""
+        """The rollout, once it is so for whoever polls; looked at no more often than the engine ticks."""
         deadline = time.monotonic() + 60
         while any((found := self.rollout(pk))[name] != value for name, value in wanted.items()):
             assert time.monotonic() < deadline, (wanted, found["state"], found["stage_index"], found["reason"])
             time.sleep(0.5)
+        time.sleep(KNOWN)  # and so do the polls
         return found
 
     def live(self, version, pk, error_rate):
