@@ -25,7 +25,7 @@ from device_sdk.hooks import Hooks
 from device_sdk.install import Installer
 from device_sdk.journal import Journal
 from device_sdk.locking import Lock
-from device_sdk.mirror import open_mirror
+from device_sdk.mirror import Mirrors
 from device_sdk.model import Model
 from device_sdk.options import ModelStatus, Options, Status
 from device_sdk.outbox import Outbox
@@ -80,10 +80,9 @@ class Fleet:
         self._board = Board(home.peers)
         self._journal = Journal(home.path / "progress.json", None, now=options.clock.now)
         self._transport = options.transport or Deferred(self._make_transport)
-        address = provision.mirror if options.mirror is None else options.mirror
-        self._mirror = open_mirror(address, stall_seconds=options.stall_seconds) if address else None
+        mirrors = Mirrors(options.mirror, provision.mirror, stall_seconds=options.stall_seconds)
         self._store = Store(home.store)
-        bringer = Bringer(self._transport, self._store, self._journal, self._mirror, options)
+        bringer = Bringer(self._transport, self._store, self._journal, mirrors, options)
         self._parts = make_parts(
             home, self._identity.device, options, store=self._store, journal=self._journal, bringer=bringer,
             tidy=self._tidy, writes=self._lock is not None, seen=self._board.seen, held=self._holds.reason,
