@@ -8,6 +8,7 @@ import numpy as np
 import onnx
 import pytest
 
+from device_sdk import runtime
 from device_sdk.protocol.assignment import Assignment
 from device_sdk.protocol.manifest import FileEntry, digest
 from device_sdk.protocol.names import ReleasePath
@@ -35,6 +36,35 @@ def test_start_serves_before_it_loads_what_only_a_network_needs(world):
     done = subprocess.run([sys.executable, "-c", PROGRAM, str(world.path)], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout) == [3.0, []]
+
+
+@pytest.mark.parametrize(("by", "calls"), [(runtime.RUNTIME, 1), ("1.0.0", 2)], ids=["it", "another"])
+def test_start_leaves_the_first_call_to_the_program_where_this_onnxruntime_has_answered(world, monkeypatch, by, calls):
+    with world.committed(OLD, scaling(3)) as fleet:
+        answer(fleet)
+    path = world.path / "ledger.json"
+    ledger = json.loads(path.read_text())
+    (done,) = ledger["detector"].values()
+    assert done["runtime"] == runtime.RUNTIME
+    done["runtime"] = by
+    path.write_text(json.dumps(ledger))
+    made, asked = runtime.make_session, []
+
+    class Session:
+        def __init__(self, *given):
+            self.real = made(*given)
+
+        def __getattr__(self, name):
+            return getattr(self.real, name)
+
+        def run(self, *given):
+            asked.append(given)
+            return self.real.run(*given)
+
+    monkeypatch.setattr(runtime, "make_session", Session)
+    with world.open() as fleet:
+        assert answer(fleet) == 3.0
+        assert len(asked) == calls
 
 
 def test_view_that_is_remembered_says_what_must_not_be_served(world):
