@@ -291,7 +291,10 @@ MUTANTS = (
         Edit(STORE, "os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW |", "os.O_WRONLY | os.O_CREAT |"),
     )),
     Mutant(34, "every look at an artifact's hash", HASH_UNCHECKED),
-    Mutant(34, "word of what was damaged", (_gone(INSTALL, "self._tell_damage(wanted)\n", instead="pass\n"),)),
+    Mutant(34, "word of what was damaged", (
+        _gone(INSTALL, "self._tell_damage(wanted)\n", instead="pass\n"),
+        _gone(INSTALL, "self._tell_damage(sha)\n", instead="pass\n"),
+    )),
     Mutant(35, "the look back at a start", (
         Edit(INSTALL, "        if self._parts.writes:\n            self._reconcile()\n", ""),
     )),
