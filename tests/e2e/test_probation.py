@@ -9,7 +9,7 @@ from tests.attacks.world import Shop, device_of
 from tests.sdk.world import graph
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(180)]
-WATCHED = {"calls": 300, "seconds": 0, "max_confidence_drop": 0.1, "max_class_shift": 0.2}
+WATCHED = {"calls": 250, "seconds": 0, "max_confidence_drop": 0.1, "max_class_shift": 0.2}
 
 
 @pytest.fixture(scope="module")
@@ -42,18 +42,18 @@ def roll_out(shop, version, data):
 
 
 def test_a_shift_of_confidence_or_of_the_class_mix_is_left_by_the_device_itself_and_its_page_says_why(shop):
-    roll_out(shop, "1.0.0", classifier(4.0))
+    roll_out(shop, "1.0.0", classifier(8.0))
     with device_of(shop, name="watchful", start=False, frames=500, rehearse=False) as device:
         device.start()
         device.comes_to(lambda: runs(device, "1.0.0", "committed"), "the first release is committed", calls=2_000)
-        roll_out(shop, "1.1.0", classifier(4.2))
+        roll_out(shop, "1.1.0", classifier(8.4))
         device.comes_to(
             lambda: runs(device, "1.1.0", "committed"), "one that is as the first is committed", calls=2_000
         )
 
         for version, bad, reason in (
-            ("2.0.0", classifier(0.5), "confidence_drop: "),
-            ("3.0.0", classifier(4.0, favoured=20.0), "class_shift: "),
+            ("2.0.0", classifier(0.1), "confidence_drop: "),
+            ("3.0.0", classifier(8.0, favoured=40.0), "class_shift: "),
         ):
             rollout = roll_out(shop, version, bad)
             device.comes_to(lambda version=version: told(shop, version), f"{version} is left", calls=2_000)
