@@ -26,6 +26,7 @@ from device_sdk.peers import Seen, Served, total
 from device_sdk.probes import IDLE, Probes
 from device_sdk.protocol import events, limits
 from device_sdk.protocol.assignment import Assignment, Probation
+from device_sdk.protocol.frozen import frozen
 from device_sdk.protocol.manifest import Manifest
 from device_sdk.protocol.versions import older
 from device_sdk.room import Rules, Swap
@@ -75,7 +76,7 @@ class Verified(Protocol):
     def listed(self) -> frozenset[str] | None: ...
 
 
-@dataclass(frozen=True)
+@frozen
 class Clock:
     """Time as the device sees it: wall (unix seconds), monotonic, and seconds since local midnight."""
 

@@ -8,13 +8,14 @@ Losing it costs a comparison, never a model. One process writes it, an hour apar
 import json
 import logging
 from collections.abc import Collection
-from dataclasses import dataclass, field
+from dataclasses import field
 from pathlib import Path
 
 from device_sdk.config import read_plainly, write_durably
 from device_sdk.counts import Counts, added
 from device_sdk.protocol import fields, limits
 from device_sdk.protocol.errors import ProtocolError
+from device_sdk.protocol.frozen import frozen
 from device_sdk.protocol.names import check_sha256
 
 log = logging.getLogger("device_sdk")
@@ -23,7 +24,7 @@ _LIMIT = limits.MIB
 _LONGEST = 2.0**40
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Done:
     """What a release did, and for how many seconds it served."""
 

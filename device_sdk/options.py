@@ -1,18 +1,19 @@
 """What an application says when it opens a device, and what it is told of it."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, field
 from typing import Any
 
 from device_sdk.counts import Counts
 from device_sdk.install import Clock
 from device_sdk.probes import Probe
 from device_sdk.protocol import limits
+from device_sdk.protocol.frozen import frozen
 from device_sdk.spool import Redact
 from device_sdk.worker import PollState
 
 
-@dataclass(frozen=True)
+@frozen
 class Options:
     """How a device behaves, apart from what the server decides. Sizes in bytes, times in seconds.
 
@@ -67,7 +68,7 @@ class Options:
     transport: Any = None  # a stand-in for tests and simulators; else HTTP to the provisioned server
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class ModelStatus:
     """One model. `release` serves now; `state` and `reason` say where an update to `target` stands.
 
@@ -83,7 +84,7 @@ class ModelStatus:
     missing_providers: tuple[str, ...] = ()
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Status:
     """A device at a moment. `poll` None: this process does not update the directory, another may."""
 

@@ -21,7 +21,7 @@ import os
 import shutil
 import stat
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from secrets import token_hex
 from threading import RLock, Thread
@@ -30,6 +30,7 @@ from typing import BinaryIO, Self
 from device_sdk.errors import ModelError, StorageError, UntrustedError
 from device_sdk.protocol import fields, limits
 from device_sdk.protocol.errors import ProtocolError
+from device_sdk.protocol.frozen import frozen
 from device_sdk.protocol.manifest import FileEntry, Manifest, digest
 from device_sdk.protocol.names import check_model, check_sha256
 
@@ -84,7 +85,7 @@ class FileOps:
         return sorted(entry.name for entry in path.iterdir())
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class ModelState:
     """Manifests by sha256. `trial`: in probation, not yet kept; `starts`: process starts that the trial has seen."""
 
@@ -108,7 +109,7 @@ class ModelState:
         return {"active": self.active, "previous": self.previous, "trial": self.trial, "starts": self.starts}
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class LoadedFiles:
     """A release's files, verified just now. Load at once, then `close`: an open session needs the links no more.
 

@@ -2,12 +2,13 @@
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import field
 from typing import Any
 
 from device_sdk.protocol import fields, limits
 from device_sdk.protocol.abilities import UNSAID, Abilities
 from device_sdk.protocol.errors import ProtocolError
+from device_sdk.protocol.frozen import frozen
 from device_sdk.protocol.names import ReleasePath
 from device_sdk.protocol.polls import check_runs
 
@@ -31,7 +32,7 @@ LARGEST = 1e300
 _ID = re.compile(r"[0-9a-f]{32}")
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Event:
     """`at` in unix seconds by the device's clock; `release` None where the event is about no release."""
 
@@ -77,7 +78,7 @@ class Event:
         )
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class EventPost:
     """One post: new events, what the device runs and can run now, and what it had to drop since the last accepted."""
 
