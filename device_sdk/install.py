@@ -33,7 +33,7 @@ from device_sdk.room import Rules, Swap
 from device_sdk.runtime import RuntimeOptions
 from device_sdk.slot import CHECK_EVERY, Gate, Loaded, Slot, told
 from device_sdk.store import LoadedFiles, Store
-from device_sdk.traffic import BudgetError, Limits, Traffic
+from device_sdk.traffic import BudgetError, Limits, Traffic, local_second_of_day
 from device_sdk.updater import (
     MAX_STARTS,
     MAX_TESTS,
@@ -46,7 +46,6 @@ from device_sdk.updater import (
     backoff,
     judge,
 )
-from device_sdk.uploader import local_second_of_day
 
 if TYPE_CHECKING:
     from device_sdk.acceptance import Exam

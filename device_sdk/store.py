@@ -18,7 +18,6 @@ import errno
 import fcntl
 import hashlib
 import os
-import shutil
 import stat
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
@@ -71,6 +70,8 @@ class FileOps:
         path.unlink(missing_ok=True)
 
     def remove_tree(self, path: Path) -> None:
+        import shutil  # not at the top: it brings three compressors, which a start does without
+
         shutil.rmtree(path, ignore_errors=True)
 
     def open(self, path: Path) -> BinaryIO:
@@ -373,6 +374,8 @@ class Store:
 
     def free_bytes(self) -> int:
         """What the disk still takes."""
+        import shutil  # as above
+
         with _storage_errors("look at the free space"):
             return shutil.disk_usage(self._directory).free
 

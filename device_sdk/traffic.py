@@ -172,3 +172,9 @@ def _read(path: Path) -> dict[str, int]:
     except (OSError, ProtocolError, ValueError) as error:
         log.warning("%s was lost: %s", path, error)
         return {}
+
+
+def local_second_of_day() -> float:
+    """Seconds since midnight by the device's local clock."""
+    now = time.localtime()
+    return now.tm_hour * 3600.0 + now.tm_min * 60.0 + now.tm_sec
