@@ -156,7 +156,7 @@ class Fleet:
             follower.stop()
         worker, self._worker = self._worker, None
         if worker is not None:
-            worker.stop()
+            self._end(worker)
             self._tell_peers()
         self._board.leave()
         if self._lock is not None:
@@ -239,6 +239,13 @@ class Fleet:
             samples_waiting=worker.spool.waiting() if worker else {},
             samples_dropped=worker.spool.dropped() if worker else {},
         )
+
+    def _end(self, worker: "Worker") -> None:
+        if is_made(worker):
+            worker.stop()
+            return
+        for installer in self._installers.values():
+            installer.close()
 
     def _wake_worker(self) -> None:
         """Called within inferences, too: it makes none."""
