@@ -235,7 +235,7 @@ class Installer:
         except StorageError as error:
             log.warning("%s: starts are not counted: %s", self.model, error)
         try:
-            self._serve(self._load(sha, beside=True), on_trial=on_trial)
+            self._serve(self._start_with(sha, on_trial=on_trial), on_trial=on_trial)
         except UntrustedError:
             self._tell_damage(sha)
         except DeviceError as error:
@@ -724,7 +724,7 @@ class Installer:
             return
         kept = self._store.state(self.model).kept
         if current.sha256 in kept:
-            done = current.before.and_then(current.stats.counts(), self.seconds())
+            done = current.before.and_then(current.stats.counts(), self.seconds(), runtime.RUNTIME)
             self._parts.ledger.keep(self.model, current.sha256, done, kept=kept)
 
     def _commit(self, verdict: Verdict, counts: Counts, whole: Done) -> None:
@@ -826,13 +826,20 @@ class Installer:
 
     # Parts
 
-    def _load(self, sha: str, exam: "Exam | None" = None, *, beside: bool = False) -> Loaded:
-        with self._store.open(sha, beside=beside) as files:
+    def _load(self, sha: str, exam: "Exam | None" = None) -> Loaded:
+        with self._store.open(sha) as files:
             return self._make(sha, files, exam)
 
-    def _make(self, sha: str, files: LoadedFiles, exam: "Exam | None" = None) -> Loaded:
+    def _start_with(self, sha: str, *, on_trial: bool) -> Loaded:
+        """Load at the start of a process, where all waits for the first answer and no call can be disturbed."""
+        proven = not on_trial and self._parts.ledger.get(self.model, sha).runtime == runtime.RUNTIME
+        with self._store.open(sha, beside=True) as files:
+            return self._make(sha, files, proven=proven)
+
+    def _make(self, sha: str, files: LoadedFiles, exam: "Exam | None" = None, *, proven: bool = False) -> Loaded:
         entry = files.entry_path if files.entry_bytes is None else files.entry_bytes
-        loaded = runtime.load(files.manifest, sha256=sha, entry=entry, options=self._parts.options, exam=exam)
+        options = self._parts.options
+        loaded = runtime.load(files.manifest, sha256=sha, entry=entry, options=options, exam=exam, proven=proven)
         loaded.before = self._parts.ledger.get(self.model, sha)
         return loaded
 

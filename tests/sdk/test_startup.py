@@ -9,6 +9,7 @@ import numpy as np
 import onnx
 import pytest
 
+from device_sdk import runtime
 from device_sdk.deferred import is_made
 from device_sdk.install import MAX_STARTS
 from device_sdk.protocol.assignment import Assignment, Sampling
@@ -96,6 +97,35 @@ def test_a_device_that_was_never_started_ends_cleanly_without_making_what_polls(
         fleet.stop()
         assert not fleet.updates
         assert not is_made(worker)
+
+
+@pytest.mark.parametrize(("by", "calls"), [(runtime.RUNTIME, 1), ("1.0.0", 2)], ids=["it", "another"])
+def test_start_leaves_the_first_call_to_the_program_where_this_onnxruntime_has_answered(world, monkeypatch, by, calls):
+    with world.committed(OLD, scaling(3)) as fleet:
+        answer(fleet)
+    path = world.path / "ledger.json"
+    ledger = json.loads(path.read_text())
+    (done,) = ledger["detector"].values()
+    assert done["runtime"] == runtime.RUNTIME
+    done["runtime"] = by
+    path.write_text(json.dumps(ledger))
+    made, asked = runtime.make_session, []
+
+    class Session:
+        def __init__(self, *given):
+            self.real = made(*given)
+
+        def __getattr__(self, name):
+            return getattr(self.real, name)
+
+        def run(self, *given):
+            asked.append(given)
+            return self.real.run(*given)
+
+    monkeypatch.setattr(runtime, "make_session", Session)
+    with world.open() as fleet:
+        assert answer(fleet) == 3.0
+        assert len(asked) == calls
 
 
 def test_view_that_is_remembered_says_what_must_not_be_served(world):
