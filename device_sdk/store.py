@@ -5,6 +5,7 @@
     manifests/<sha256>.json    the bytes that CI signed, named by their own hash; <sha256>.bad: rejected, until forgiven
     loading/<n>/<file name>    hard links by which a runtime finds a release's files under their own names
     state.json                 {generation, models: {active, previous, trial, starts}} and a checksum
+    hashed.json                what blobs were when they were last hashed; see `hashed`
 
 The order is blobs, manifest, state; each is written aside, synced, renamed, and its directory synced, so that a power
 cut leaves the old or the new, never a mixture. Every file operation goes through `FileOps`, so that a test can cut
@@ -28,6 +29,7 @@ from threading import RLock, Thread
 from typing import Self
 
 from device_sdk.errors import ModelError, StorageError, UntrustedError
+from device_sdk.hashed import Hashed
 from device_sdk.protocol import fields, limits
 from device_sdk.protocol.errors import ProtocolError
 from device_sdk.protocol.frozen import frozen
@@ -120,6 +122,8 @@ class ModelState:
 class LoadedFiles:
     """A release's files, verified just now. Load at once, then `close`: an open session needs the links no more.
 
+    `unhashed`: they are as they were when they were last hashed, by their identity, and were not hashed again.
+
     As a context it raises UntrustedError `hash_mismatch` at its end if a file was touched since it was hashed: a
     runtime that reads from `entry_path` reads later than we hashed. What was loaded meanwhile must not be used.
     `pending`: files that are still being hashed, beside the loading; that they are not what was signed is said there.
@@ -137,6 +141,7 @@ class LoadedFiles:
     store: "Store"
     identities: Mapping[Path, tuple[int, ...]]  # of the files by path, taken before they were hashed
     pending: "_Hashing | None" = None
+    unhashed: bool = False
 
     def __enter__(self) -> Self:
         return self
@@ -186,6 +191,7 @@ class Store:
         self._manifests = directory / "manifests"
         self._loading = directory / "loading"
         self._state_file = directory / "state.json"
+        self._hashed = Hashed(directory / "hashed.json", self._ops)
         self._lock = RLock()
         self._verified: dict[str, tuple[int, ...]] = {}  # blob to the file identity that was hashed, in this process
         self._open: dict[Path, int] = {}  # with the descriptor that tells other processes to leave it alone
@@ -432,11 +438,12 @@ class Store:
             self._ops.rename(path, self._blobs / sha)
             self._ops.sync_directory(self._blobs)
 
-    def open(self, sha: str, *, beside: bool = False) -> LoadedFiles:
+    def open(self, sha: str, *, beside: bool = False, unchanged: bool = False) -> LoadedFiles:
         """Hash every file of a release again and lay them out under their own names, in a fresh private directory.
 
         `beside`: files other than the entry are hashed while they are loaded, which halves the time of a start. They
         are weights: the runtime copies them, and parses only the entry. As a context only: its end waits for them.
+        `unchanged`: hash none of them now if all are as they were when they were last hashed. Follow it by `verify`.
 
         Raises UntrustedError `hash_mismatch` when a file was changed since it was admitted; that file is deleted, so
         that it is fetched again.
@@ -448,10 +455,27 @@ class Store:
                 self._ops.mkdir(directory)
                 self._open[directory] = _hold(directory)
                 try:
-                    return self._lay_out(sha, manifest, directory, beside=beside)
+                    return self._lay_out(sha, manifest, directory, beside=beside, unchanged=unchanged)
                 except BaseException:
                     self.release_files(directory)
                     raise
+
+    def verify(self, sha: str) -> None:
+        """Hash every file of a release. Raises UntrustedError, and deletes the file, as `open` does."""
+        with self._lock, _storage_errors(f"hash {sha}"):
+            for file in self.manifest(sha).files:
+                self._check_blob(self._blobs / file.sha256, file)
+
+    def remember_hashed(self, files: LoadedFiles) -> None:
+        """Once the links are gone, which change a file's ctime. Of a file that is still what was looked at before."""
+        with self._lock, contextlib.suppress(OSError):
+            found = {}
+            for file in files.manifest.files:
+                with contextlib.suppress(FileNotFoundError):
+                    now = _exact_identity(os.lstat(self._blobs / file.sha256))
+                    if now[:-1] == files.identities[files.directory / file.name][:-1]:
+                        found[file.sha256] = now
+            self._hashed.keep(found, present=frozenset(self._ops.names(self._blobs)))
 
     def check_untouched(self, files: LoadedFiles) -> None:
         """See `LoadedFiles`. A file that was written to is deleted, so that it is fetched again."""
@@ -592,7 +616,12 @@ class Store:
         self._ops.unlink(self._blobs / file.sha256)
         raise UntrustedError(f"{file.name}: expected sha256 {file.sha256}; the disk gave {found}", code="hash_mismatch")
 
-    def _lay_out(self, sha: str, manifest: Manifest, directory: Path, *, beside: bool) -> LoadedFiles:
+    def _is_unchanged(self, manifest: Manifest) -> bool:
+        blobs = {file.sha256: self._blobs / file.sha256 for file in manifest.files}
+        return all(self._hashed.holds(sha, _exact_identity(os.lstat(path))) for sha, path in blobs.items())
+
+    def _lay_out(self, sha: str, manifest: Manifest, directory: Path, *, beside: bool, unchanged: bool) -> LoadedFiles:
+        unhashed = unchanged and self._is_unchanged(manifest)
         in_memory = len(manifest.files) == 1 and manifest.length <= ENTRY_BYTES_LIMIT
         entry_bytes: bytes | None = None
         identities, later = {}, []
@@ -602,8 +631,10 @@ class Store:
             identities[target] = _exact_identity(os.lstat(target))
             if in_memory:
                 entry_bytes = self._read(target, file.length)
-                if digest(entry_bytes) != file.sha256:
+                if not unhashed and digest(entry_bytes) != file.sha256:
                     self._drop(file, digest(entry_bytes))
+            elif unhashed:
+                continue
             elif beside and file.name != manifest.entry:
                 later.append((target, file))
             else:
@@ -618,6 +649,7 @@ class Store:
             store=self,
             identities=identities,
             pending=_Hashing(lambda: self._check_blobs(later)) if later else None,
+            unhashed=unhashed,
         )
 
     def _link(self, source: Path, target: Path) -> None:
