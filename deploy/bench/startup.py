@@ -1,8 +1,6 @@
 """From nothing to the first answer, without a network: a device's process beside one that only loads the file."""
 
 import os
-import subprocess
-import sys
 from pathlib import Path
 from statistics import median
 
@@ -90,8 +88,5 @@ def _home(folder: Path, files: dict[str, bytes]) -> Path:
 
 
 def _run(code: str, folder: Path) -> list[float]:
-    """With what is imported compiled beforehand, as pip leaves it."""
-    environment = {**os.environ, "PYTHONPYCACHEPREFIX": str(folder / "compiled"), "PYTHONDONTWRITEBYTECODE": ""}
     program = code + _PRINT.format(ticks=os.sysconf("SC_CLK_TCK"))
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, env=environment)
-    return [float(part) for part in done.stdout.split()]
+    return [float(part) for part in footprint.started(program, folder).split()]
