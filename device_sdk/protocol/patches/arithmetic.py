@@ -93,10 +93,12 @@ def quantise(old: bytes, kind: Kind, scales: Array, zeros: Array, *, first: int,
     low, high = _LIMITS[kind]
     channel = _channels(len(source), len(scales), first, stride)
     with np.errstate(all="ignore"):
-        found = np.rint(source / scales[channel]) + zeros[channel]
-        rounded = np.clip(np.nan_to_num(found), low, high).astype(np.int16)
-    result: Array = rounded.astype(np.uint8)
-    return result
+        found: Array = source / scales[channel]
+        np.rint(found, out=found)
+        found += zeros[channel]
+    np.clip(found, low, high, out=found)
+    found[np.isnan(found)] = 0
+    return found.astype(np.int16).astype(np.uint8)
 
 
 def table(data: bytes) -> tuple[Array, Array]:
@@ -108,8 +110,11 @@ def table(data: bytes) -> tuple[Array, Array]:
 def _channels(count: int, channels: int, first: int, stride: int) -> Any:
     if channels == 1:
         return slice(0, 1)
-    numbers = np.arange(count, dtype=np.uint64) + np.uint64(first)
-    return (numbers // np.uint64(stride)) % np.uint64(channels)
+    numbers = np.arange(first, first + count, dtype=np.uint64)
+    if stride > 1:
+        numbers //= np.uint64(stride)
+    numbers %= np.uint64(channels)
+    return numbers.view(np.int64)
 
 
 def _top(kind: Kind) -> int:
