@@ -26,7 +26,7 @@ demo: $(DEMO) ## The whole loop with thirty devices; the admin stays up until Ct
 test: export PYTHONDONTWRITEBYTECODE =
 test: $(TEST) ## All tests, with real services and a browser
 	@.ci/tools
-	$(PYTEST) $(ARGS)
+	$(PYTEST) $(ARGS) || $(BIN)/python -m tests.again $$?
 
 lint: $(TEST) ## Style, types, import rules, migrations, checks, API schema
 	$(BIN)/ruff check .

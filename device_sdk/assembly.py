@@ -84,6 +84,7 @@ def make_parts(
         ledger=Ledger(home.ledger_file),
         options=RuntimeOptions(options.intra_op_threads, options.providers, options.session_options),
         rehearsal=Rules(options.rehearsal_bytes, options.rehearsal_seconds) if options.rehearse else None,
+        hash_first=options.hash_first,
         swap=Swap(options.swap, options.held_calls, options.held_seconds),
         clock=options.clock,
         **links,

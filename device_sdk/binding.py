@@ -46,14 +46,14 @@ class Binding:
 
     def _run(self, slot: "Slot", loaded: "Loaded", run_options: Any) -> dict[str, Any]:
         io, cell = loaded.bound.get(self) or self._bind(slot, loaded), loaded.stats.cell()
-        calls, started = cell.calls + 1, perf_counter_ns()
+        started = perf_counter_ns()
         try:
             loaded.session.run_with_iobinding(io, run_options)
         except Exception as error:  # noqa: BLE001  onnxruntime has no base class
             raise self._fault(slot, loaded, first_line(error)) from None
-        elapsed, cell.calls = perf_counter_ns() - started, calls
+        elapsed = perf_counter_ns() - started
         names = self._outputs or loaded.names
-        if not calls & loaded.check_mask:
+        if not loaded.ended() & loaded.check_mask:
             look(slot, loaded, cell, names, io.copy_outputs_to_cpu(), elapsed)
         return dict(zip(names, io.get_outputs(), strict=True))
 
@@ -74,7 +74,7 @@ class Binding:
 
     def _fault(self, slot: "Slot", loaded: "Loaded", message: str) -> ModelError:
         cell = loaded.stats.cell()
-        cell.calls += 1
+        loaded.ended()
         cell.errors += 1
         slot.alarm()
         return ModelError(f"{loaded.path}: {message}")

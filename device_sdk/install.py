@@ -3,9 +3,10 @@
 The order of an update: fetch, verify, test beside the release that serves, switch the store, publish, watch, keep.
 """
 
+import contextlib
 import logging
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Protocol
 
@@ -118,6 +119,7 @@ class Parts:
     wake: Callable[[], None] = lambda: None
     tidy: Callable[[], None] = lambda: None
     is_stale: Callable[[], bool] = lambda: False  # whether the view that is obeyed has expired
+    hash_first: bool = False  # hash before a start serves, whatever the files' identities say
     writes: bool = True  # False: another process updates this directory
     held: Callable[[], str] = lambda: ""  # why the program asks to put off activations; "": it does not
     seen: Callable[[str, str], list[Seen]] = lambda *_: []  # what other processes see of a model's release
@@ -142,6 +144,7 @@ class Installer:
         self._retry_at = 0.0
         self._retry_for = ""
         self._verdict: Verdict | None = None  # reached, and not yet on disk
+        self._unhashed: str | None = None  # what serves, of files that were hashed by an earlier process only
         self._unloaded: str | None = None  # what was, to make room, and is to come back if nothing else does
         self._held_since: tuple[str, float] | None = None  # which release the program puts off, since when (monotonic)
         self._held_at = 0.0  # the same in unix seconds, which a restart survives
@@ -175,6 +178,46 @@ class Installer:
             if self._revive(sha):
                 return
         self._revive_another(tried)
+
+    def _start_with(self, sha: str, *, on_trial: bool) -> Loaded:
+        """Load at the start of a process, where all wait for the first answer.
+
+        What this onnxruntime has answered by before is not asked first. If its files are as they were when they were
+        last hashed, they are hashed again once it serves: that would slow down the loading by a third.
+        """
+        proven = not on_trial and self._parts.ledger.get(self.model, sha).runtime == runtime.RUNTIME
+        if proven and self._parts.writes and not self._parts.hash_first:
+            with contextlib.suppress(ModelError):  # the disk may be why it does not load: then it is hashed first
+                return self._start_at_once(sha)
+        with self._opened(sha, beside=True) as files:
+            return self._make(sha, files, proven=proven)
+
+    def _start_at_once(self, sha: str) -> Loaded:
+        with self._opened(sha, beside=True, unchanged=True) as files:
+            loaded = self._make(sha, files, proven=True)
+        self._unhashed = sha if files.unhashed else None
+        return loaded
+
+    def _hash_late(self) -> None:
+        """What the start has put off. Where the disk gave something else, what went before serves, and calls wait."""
+        sha, self._unhashed = self._unhashed, None
+        if sha is None:
+            return
+        try:
+            self._store.verify(sha)
+        except UntrustedError:
+            self._replace_damaged()
+        except StorageError as error:
+            log.warning("%s: %s is not hashed: %s", self.model, sha, error)
+
+    def _replace_damaged(self) -> None:
+        self.slot.unload(self._gate(), timeout=RETIRE_SECONDS)
+        try:
+            self.restore()
+        finally:
+            self.slot.open_gate()
+        if self.slot.current is None:
+            self.slot.clear(self.slot.stopped)
 
     def _tell_damage(self, sha: str) -> None:
         """What was installed is passed over: it is not whole any more, or not what was verified."""
@@ -235,7 +278,7 @@ class Installer:
         except StorageError as error:
             log.warning("%s: starts are not counted: %s", self.model, error)
         try:
-            self._serve(self._load(sha, beside=True), on_trial=on_trial)
+            self._serve(self._start_with(sha, on_trial=on_trial), on_trial=on_trial)
         except UntrustedError:
             self._tell_damage(sha)
         except DeviceError as error:
@@ -362,6 +405,7 @@ class Installer:
 
     def pursue(self) -> float | None:
         """Do what can be done now. Returns seconds until the next look, None: not before the view changes."""
+        self._hash_late()
         verified = self.latest
         names_release = verified is not None and verified.assignment.release is not None
         if self._is_to_stop():
@@ -625,7 +669,7 @@ class Installer:
         """
         from device_sdk import testing
 
-        with self._store.open(sha) as files:
+        with self._opened(sha) as files:
             self._signal(Signal.VERIFIED)
             if self.progress.tests > MAX_TESTS:
                 raise ModelError("its test took the process down", code=Why.CRASHED_IN_TEST)
@@ -724,7 +768,7 @@ class Installer:
             return
         kept = self._store.state(self.model).kept
         if current.sha256 in kept:
-            done = current.before.and_then(current.stats.counts(), self.seconds())
+            done = current.before.and_then(current.stats.counts(), self.seconds(), runtime.RUNTIME)
             self._parts.ledger.keep(self.model, current.sha256, done, kept=kept)
 
     def _commit(self, verdict: Verdict, counts: Counts, whole: Done) -> None:
@@ -810,8 +854,10 @@ class Installer:
         self._unloaded = current.sha256
         log.info("%s: %s is unloaded to make room", self.model, current.path)
         del current
-        gate = Gate(calls=self._parts.swap.calls, seconds=self._parts.swap.seconds)
-        self.slot.unload(gate, timeout=RETIRE_SECONDS)
+        self.slot.unload(self._gate(), timeout=RETIRE_SECONDS)
+
+    def _gate(self) -> Gate:
+        return Gate(calls=self._parts.swap.calls, seconds=self._parts.swap.seconds)
 
     def _bring_back(self) -> None:
         """However it went, no call waits any longer: what was unloaded serves again, if nothing took its place."""
@@ -826,13 +872,22 @@ class Installer:
 
     # Parts
 
-    def _load(self, sha: str, exam: "Exam | None" = None, *, beside: bool = False) -> Loaded:
-        with self._store.open(sha, beside=beside) as files:
+    def _load(self, sha: str, exam: "Exam | None" = None) -> Loaded:
+        with self._opened(sha) as files:
             return self._make(sha, files, exam)
 
-    def _make(self, sha: str, files: LoadedFiles, exam: "Exam | None" = None) -> Loaded:
+    @contextlib.contextmanager
+    def _opened(self, sha: str, *, beside: bool = False, unchanged: bool = False) -> Iterator[LoadedFiles]:
+        """As `Store.open`, and what was hashed is remembered for the next start."""
+        with self._store.open(sha, beside=beside, unchanged=unchanged) as files:
+            yield files
+        if self._parts.writes:
+            self._store.remember_hashed(files)
+
+    def _make(self, sha: str, files: LoadedFiles, exam: "Exam | None" = None, *, proven: bool = False) -> Loaded:
         entry = files.entry_path if files.entry_bytes is None else files.entry_bytes
-        loaded = runtime.load(files.manifest, sha256=sha, entry=entry, options=self._parts.options, exam=exam)
+        options = self._parts.options
+        loaded = runtime.load(files.manifest, sha256=sha, entry=entry, options=options, exam=exam, proven=proven)
         loaded.before = self._parts.ledger.get(self.model, sha)
         return loaded
 

@@ -1,6 +1,6 @@
 """What each kept release did on this device over all processes so far: what a trial is compared with, and its own part.
 
-    ledger.json   {model: {sha256: {counts, seconds}}}, a few kilobytes; only of releases that may serve again
+    ledger.json   {model: {sha256: {counts, seconds, runtime}}}, a few kilobytes; only of releases that may serve again
 
 Losing it costs a comparison, never a model. One process writes it, an hour apart and where something ends.
 """
@@ -21,17 +21,22 @@ log = logging.getLogger("device_sdk")
 
 _LIMIT = limits.MIB
 _LONGEST = 2.0**40
+_RUNTIME_CHARS = 64
 
 
 @dataclass(frozen=True, slots=True)
 class Done:
-    """What a release did, and for how many seconds it served."""
+    """What a release did, for how many seconds it served, and the version of onnxruntime that last answered for it."""
 
     counts: Counts = field(default_factory=Counts)
     seconds: float = 0.0
+    runtime: str = ""
 
-    def and_then(self, counts: Counts, seconds: float) -> "Done":
-        return Done(added([self.counts, counts]), self.seconds + seconds)
+    def and_then(self, counts: Counts, seconds: float, runtime: str = "") -> "Done":
+        answered = counts.calls > counts.errors
+        return Done(
+            added([self.counts, counts]), self.seconds + seconds, runtime if answered and runtime else self.runtime
+        )
 
 
 class Ledger:
@@ -52,10 +57,7 @@ class Ledger:
             log.warning("what %s did is kept in memory only: %s", model, error.strerror)
 
     def _to_bytes(self) -> bytes:
-        content = {
-            model: {sha: {"counts": each.counts.to_json(), "seconds": each.seconds} for sha, each in done.items()}
-            for model, done in self._done.items()
-        }
+        content = {model: {sha: _to_json(each) for sha, each in done.items()} for model, done in self._done.items()}
         return json.dumps(content).encode()
 
 
@@ -75,10 +77,15 @@ def _read(path: Path) -> dict[str, dict[str, Done]]:
         return {}
 
 
+def _to_json(done: Done) -> dict[str, object]:
+    return {"counts": done.counts.to_json(), "seconds": done.seconds, "runtime": done.runtime}
+
+
 def _parse(done: fields.Json) -> dict[str, Done]:
     found = {}
     for sha, value in done.items():
         item = fields.as_object(value, "done")
         seconds = fields.take_number(item, "seconds", low=0, high=_LONGEST)
-        found[check_sha256(sha)] = Done(Counts.parse(item.get("counts")), seconds)
+        runtime = fields.take_text(item, "runtime", limit=_RUNTIME_CHARS, default="")
+        found[check_sha256(sha)] = Done(Counts.parse(item.get("counts")), seconds, runtime)
     return found

@@ -13,7 +13,6 @@ from device_sdk.protocol.manifest import TensorSpec
 from device_sdk.protocol.names import ReleasePath
 from device_sdk.sampling import decide
 from device_sdk.slot import Array, Loaded, Slot, Tensors
-from device_sdk.stats import Cell
 
 
 class Model:
@@ -61,22 +60,15 @@ class Model:
         loaded = slot.current
         if loaded is None and (loaded := slot.now(patient=True)) is None:
             raise slot.nothing(self.name)
-        try:
-            cell = loaded.mine.cell
-        except AttributeError:
-            cell = loaded.stats.register()
-        calls = cell.calls + 1
         names = loaded.names if outputs is None else outputs
         try:
-            if calls & loaded.check_mask:
-                values = loaded.call(names, inputs)
-            else:
-                values = _watched(slot, loaded, cell, names, inputs)
+            values = _watched(slot, loaded, names, inputs) if loaded.due else loaded.call(names, inputs)
         except Exception as error:  # noqa: BLE001  onnxruntime has no base class
             failure = _failure(slot, loaded, inputs, outputs, error)
             del loaded, slot  # the traceback, which the caller may keep, must not keep the release in memory
             raise failure from error.with_traceback(None)
-        cell.calls = calls
+        if not loaded.ended() & loaded.check_mask:
+            loaded.due = True
         results = {names[0]: values[0]} if len(values) == 1 else dict(zip(names, values, strict=True))
         sampler = slot.sampler
         if sampler is not None and decide(random(), sampler.rate):  # noqa: S311  no secret
@@ -100,11 +92,12 @@ class Model:
             pinned.current = pinned.previous = None  # an error that is kept must not keep the release in memory
 
 
-def _watched(slot: Slot, loaded: Loaded, cell: Cell, names: Sequence[str], inputs: Tensors) -> list[Any]:
+def _watched(slot: Slot, loaded: Loaded, names: Sequence[str], inputs: Tensors) -> list[Any]:
     """A call that is timed and looked at: each one in probation, one in so many later."""
+    loaded.due = not loaded.check_mask
     started = perf_counter_ns()
     values = loaded.call(names, inputs)
-    look(slot, loaded, cell, names, values, perf_counter_ns() - started)
+    look(slot, loaded, loaded.stats.cell(), names, values, perf_counter_ns() - started)
     return values
 
 
@@ -122,7 +115,7 @@ def _failure(
     if complaint and (previous is None or previous.schema.complaint(inputs)):
         cell.rejected += 1
         return InputError(f"{loaded.path}: {complaint}")
-    cell.calls += 1
+    loaded.ended()
     cell.errors += 1
     slot.alarm()
     return ModelError(f"{loaded.path}: {complaint or first_line(error)}")

@@ -72,11 +72,13 @@ def load(
     entry: bytes | Path,
     options: RuntimeOptions,
     exam: Callable[[Any, Schema], None] | None = None,
+    proven: bool = False,
 ) -> Loaded:
     """Make a session of a verified release and prove that it answers as its manifest says. Raises ModelError.
 
     `entry`: the verified bytes of the model file, or its path where external data lies beside it. `exam` asks the
-    session what the release's makers would have it asked, and warms it up by that; without one it is asked zeros.
+    session what the release's makers would have it asked, and warms it up by that; without one it is asked zeros,
+    unless it is `proven`: it has answered here before, and nobody is kept waiting by a slow first call.
     """
     _warn_of_old_runtime()
     session = make_session(entry, options)
@@ -85,10 +87,10 @@ def load(
     check_signed(schema.outputs, manifest.outputs, "output")
     if manifest.scores and manifest.scores.output not in schema.outputs:
         raise ModelError(f"scores: the model has no output {manifest.scores.output!r}", code="schema")
-    if exam is None:
-        _warm_up(session, schema, manifest)
-    else:
+    if exam is not None:
         exam(session, schema)
+    elif not proven:
+        _warm_up(session, schema, manifest)
     loaded = Loaded(
         sha256=sha256, path=manifest.path, session=session, schema=schema, scores=manifest.scores, asked=options.names
     )

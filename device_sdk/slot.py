@@ -42,7 +42,7 @@ class Sampler(Protocol):
 
 @dataclass(eq=False, slots=True, weakref_slot=True)
 class Loaded:
-    """One release in memory. `check_mask` 0: look at the outputs of every call (probation).
+    """One release in memory. `check_mask` 0: look at the outputs of every call (probation). `due`: of the next one.
 
     What a call needs lies here at hand: attributes looked up once instead of at each call.
     """
@@ -52,6 +52,7 @@ class Loaded:
     session: Any
     schema: Schema
     check_mask: int = 0
+    due: bool = True
     scores: Scores | None = None  # where its answers tell class and confidence
     asked: tuple[str, ...] = ()  # execution providers
     before: Done = field(default_factory=Done)  # what the release did in earlier processes
@@ -60,12 +61,12 @@ class Loaded:
     bound: "WeakKeyDictionary[Any, Any]" = field(default_factory=WeakKeyDictionary)  # I/O bindings, by their owner
     names: list[str] = field(init=False)
     call: Callable[..., list[Any]] = field(init=False)
-    mine: Any = field(init=False)  # the thread-local of `stats`
+    ended: Callable[[], int] = field(init=False)  # of `stats`
 
     def __post_init__(self) -> None:
         self.names = list(self.schema.outputs)
         self.call = self.session.run
-        self.mine = self.stats.local
+        self.ended = self.stats.ended
 
     @property
     def providers(self) -> tuple[str, ...]:
@@ -241,11 +242,11 @@ def retire(holder: list[Loaded], *, timeout: float) -> bool:
     if not clean:
         log.warning("a call has been running on %s for %.0f s; it frees the release itself", holder[0].path, timeout)
     holder.clear()
-    _trim()
+    trim()
     return clean
 
 
-def _trim() -> None:
+def trim() -> None:
     """Give freed memory back to the system; glibc keeps a retired model's pages otherwise."""
     try:
         ctypes.CDLL(None).malloc_trim(0)

@@ -5,6 +5,7 @@
     manifests/<sha256>.json    the bytes that CI signed, named by their own hash; <sha256>.bad: rejected, until forgiven
     loading/<n>/<file name>    hard links by which a runtime finds a release's files under their own names
     state.json                 {generation, models: {active, previous, trial, starts}} and a checksum
+    hashed.json                what blobs were when they were last hashed; see `hashed`
 
 The order is blobs, manifest, state; each is written aside, synced, renamed, and its directory synced, so that a power
 cut leaves the old or the new, never a mixture. Every file operation goes through `FileOps`, so that a test can cut
@@ -22,18 +23,21 @@ import shutil
 import stat
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from io import FileIO
 from pathlib import Path
 from secrets import token_hex
 from threading import RLock, Thread
-from typing import BinaryIO, Self
+from typing import Self
 
 from device_sdk.errors import ModelError, StorageError, UntrustedError
+from device_sdk.hashed import Hashed
 from device_sdk.protocol import fields, limits
 from device_sdk.protocol.errors import ProtocolError
 from device_sdk.protocol.manifest import FileEntry, Manifest, digest
 from device_sdk.protocol.names import check_model, check_sha256
 
 CHUNK = 1024 * 1024
+_HASHED = 256 * limits.KIB  # at a time: stays in the processor's cache, and takes the GIL rarely
 ENTRY_BYTES_LIMIT = 64 * limits.MIB  # above it, holding the file beside the session costs more than it protects
 _MARK_LIMIT = 4 * limits.KIB
 _STATE_LIMIT = 1024 * 1024
@@ -72,13 +76,13 @@ class FileOps:
     def remove_tree(self, path: Path) -> None:
         shutil.rmtree(path, ignore_errors=True)
 
-    def open(self, path: Path) -> BinaryIO:
+    def open(self, path: Path) -> FileIO:
         """Open a regular file for reading. Non-blocking, so that a planted pipe cannot hang the device."""
         descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
         if not stat.S_ISREG(os.fstat(descriptor).st_mode):
             os.close(descriptor)
             raise OSError(errno.EINVAL, "not a regular file", str(path))
-        return os.fdopen(descriptor, "rb", buffering=0)
+        return FileIO(descriptor, "rb")
 
     def names(self, path: Path) -> list[str]:
         return sorted(entry.name for entry in path.iterdir())
@@ -112,6 +116,8 @@ class ModelState:
 class LoadedFiles:
     """A release's files, verified just now. Load at once, then `close`: an open session needs the links no more.
 
+    `unhashed`: they are as they were when they were last hashed, by their identity, and were not hashed again.
+
     As a context it raises UntrustedError `hash_mismatch` at its end if a file was touched since it was hashed: a
     runtime that reads from `entry_path` reads later than we hashed. What was loaded meanwhile must not be used.
     `pending`: files that are still being hashed, beside the loading; that they are not what was signed is said there.
@@ -129,6 +135,7 @@ class LoadedFiles:
     store: "Store"
     identities: Mapping[Path, tuple[int, ...]]  # of the files by path, taken before they were hashed
     pending: "_Hashing | None" = None
+    unhashed: bool = False
 
     def __enter__(self) -> Self:
         return self
@@ -178,6 +185,7 @@ class Store:
         self._manifests = directory / "manifests"
         self._loading = directory / "loading"
         self._state_file = directory / "state.json"
+        self._hashed = Hashed(directory / "hashed.json", self._ops)
         self._lock = RLock()
         self._verified: dict[str, tuple[int, ...]] = {}  # blob to the file identity that was hashed, in this process
         self._open: dict[Path, int] = {}  # with the descriptor that tells other processes to leave it alone
@@ -355,12 +363,12 @@ class Store:
                 self._drop(file, digest(data))
             return data
 
-    def open_blob(self, sha: str) -> BinaryIO:
+    def open_blob(self, sha: str) -> FileIO:
         """A blob to read from. Not hashed: whatever is made of it must be."""
         with _storage_errors(f"open {sha}"):
             return self._ops.open(self._blobs / check_sha256(sha, "blob"))
 
-    def open_partial(self, sha: str) -> BinaryIO:
+    def open_partial(self, sha: str) -> FileIO:
         """A partial download to read from."""
         with _storage_errors(f"open what came of {sha}"):
             return self._ops.open(self.incoming(sha))
@@ -422,11 +430,12 @@ class Store:
             self._ops.rename(path, self._blobs / sha)
             self._ops.sync_directory(self._blobs)
 
-    def open(self, sha: str, *, beside: bool = False) -> LoadedFiles:
+    def open(self, sha: str, *, beside: bool = False, unchanged: bool = False) -> LoadedFiles:
         """Hash every file of a release again and lay them out under their own names, in a fresh private directory.
 
         `beside`: files other than the entry are hashed while they are loaded, which halves the time of a start. They
         are weights: the runtime copies them, and parses only the entry. As a context only: its end waits for them.
+        `unchanged`: hash none of them now if all are as they were when they were last hashed. Follow it by `verify`.
 
         Raises UntrustedError `hash_mismatch` when a file was changed since it was admitted; that file is deleted, so
         that it is fetched again.
@@ -438,10 +447,27 @@ class Store:
                 self._ops.mkdir(directory)
                 self._open[directory] = _hold(directory)
                 try:
-                    return self._lay_out(sha, manifest, directory, beside=beside)
+                    return self._lay_out(sha, manifest, directory, beside=beside, unchanged=unchanged)
                 except BaseException:
                     self.release_files(directory)
                     raise
+
+    def verify(self, sha: str) -> None:
+        """Hash every file of a release. Raises UntrustedError, and deletes the file, as `open` does."""
+        with self._lock, _storage_errors(f"hash {sha}"):
+            for file in self.manifest(sha).files:
+                self._check_blob(self._blobs / file.sha256, file)
+
+    def remember_hashed(self, files: LoadedFiles) -> None:
+        """Once the links are gone, which change a file's ctime. Of a file that is still what was looked at before."""
+        with self._lock, contextlib.suppress(OSError):
+            found = {}
+            for file in files.manifest.files:
+                with contextlib.suppress(FileNotFoundError):
+                    now = _exact_identity(os.lstat(self._blobs / file.sha256))
+                    if now[:-1] == files.identities[files.directory / file.name][:-1]:
+                        found[file.sha256] = now
+            self._hashed.keep(found, present=frozenset(self._ops.names(self._blobs)))
 
     def check_untouched(self, files: LoadedFiles) -> None:
         """See `LoadedFiles`. A file that was written to is deleted, so that it is fetched again."""
@@ -582,7 +608,12 @@ class Store:
         self._ops.unlink(self._blobs / file.sha256)
         raise UntrustedError(f"{file.name}: expected sha256 {file.sha256}; the disk gave {found}", code="hash_mismatch")
 
-    def _lay_out(self, sha: str, manifest: Manifest, directory: Path, *, beside: bool) -> LoadedFiles:
+    def _is_unchanged(self, manifest: Manifest) -> bool:
+        blobs = {file.sha256: self._blobs / file.sha256 for file in manifest.files}
+        return all(self._hashed.holds(sha, _exact_identity(os.lstat(path))) for sha, path in blobs.items())
+
+    def _lay_out(self, sha: str, manifest: Manifest, directory: Path, *, beside: bool, unchanged: bool) -> LoadedFiles:
+        unhashed = unchanged and self._is_unchanged(manifest)
         in_memory = len(manifest.files) == 1 and manifest.length <= ENTRY_BYTES_LIMIT
         entry_bytes: bytes | None = None
         identities, later = {}, []
@@ -592,8 +623,10 @@ class Store:
             identities[target] = _exact_identity(os.lstat(target))
             if in_memory:
                 entry_bytes = self._read(target, file.length)
-                if digest(entry_bytes) != file.sha256:
+                if not unhashed and digest(entry_bytes) != file.sha256:
                     self._drop(file, digest(entry_bytes))
+            elif unhashed:
+                continue
             elif beside and file.name != manifest.entry:
                 later.append((target, file))
             else:
@@ -608,6 +641,7 @@ class Store:
             store=self,
             identities=identities,
             pending=_Hashing(lambda: self._check_blobs(later)) if later else None,
+            unhashed=unhashed,
         )
 
     def _link(self, source: Path, target: Path) -> None:
@@ -638,11 +672,11 @@ class Store:
             return b"".join(_chunks(file, limit + 1))[: limit + 1]
 
     def _hash(self, path: Path) -> tuple[str, int]:
-        hasher, size = hashlib.sha256(), 0
+        hasher, size, buffer = hashlib.sha256(), 0, memoryview(bytearray(_HASHED))
         with self._ops.open(path) as file:
-            for chunk in _chunks(file):
-                hasher.update(chunk)
-                size += len(chunk)
+            while count := file.readinto(buffer):
+                hasher.update(buffer[:count])
+                size += count
         return hasher.hexdigest(), size
 
 
@@ -664,7 +698,7 @@ def _is_sha(name: str) -> bool:
         return False
 
 
-def _chunks(file: BinaryIO, limit: int | None = None) -> Iterator[bytes]:
+def _chunks(file: FileIO, limit: int | None = None) -> Iterator[bytes]:
     left = limit
     while left is None or left > 0:
         chunk = file.read(CHUNK if left is None else min(CHUNK, left))

@@ -11,7 +11,10 @@ from tuf.api.metadata import Metadata, Root
 
 from deploy.bench import models
 from deploy.bench.measure import Row, Scale, Section
+from device_sdk import runtime
 from device_sdk.config import Home, Identity, Provision
+from device_sdk.counts import Counts
+from device_sdk.ledger import Done, Ledger
 from device_sdk.store import Store
 
 LIMIT = 34.0  # MB
@@ -63,10 +66,13 @@ def _resident(code: str) -> float:
 
 def home_with(folder: Path, files: Mapping[str, bytes]) -> Path:
     """An enrolled device with a release, as it stands on disk between two polls."""
-    store = Store(make_home(folder).store)
+    home = make_home(folder)
+    store = Store(home.store)
     sha, _ = models.put(store, "1.0.0", files)
     store.begin_trial(models.MODEL, sha)
     store.commit(models.MODEL)
+    done = Done(Counts(calls=100), 60.0, runtime.RUNTIME)  # of its probation
+    Ledger(home.ledger_file).keep(models.MODEL, sha, done, kept={sha})
     return folder
 
 

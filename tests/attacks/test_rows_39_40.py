@@ -41,7 +41,7 @@ def impose(device, releases: Mapping[str, Files]):
         )
         device.begin()
         device.says(carrying(view, each))
-        assert device.poll(within=20.0) == ""  # it tries the release in a process of its own, for up to 4 s
+        assert device.poll(within=60.0) == ""  # it tries the release in a process of its own
         yield name, digest(each.to_bytes())
 
 
@@ -84,7 +84,6 @@ def reaching(location: str, **changes: int) -> Files:
 
 HARMFUL = {
     **{name: ({MODEL: make()}, "memory_limit") for name, make in bombs.BOMBS.items()},
-    "spinning": ({MODEL: bombs.spinning()}, "test_timed_out"),
     "traversal": (reaching("../../../../../../../../etc/passwd"), "load_failed"),
     "traversal in a constant": (reaching("../../state.json", constant=True), "load_failed"),
     "traversal without files": ({MODEL: bombs.reaching("../../state.json")}, "load_failed"),
@@ -97,17 +96,36 @@ HARMFUL = {
     "at the end of the world": (reaching(WEIGHTS, offset=2**63 - 1), "load_failed"),
     "larger than the file": (reaching(WEIGHTS, length=2**40), "load_failed"),
 }
+SPINNING = {"spinning": ({MODEL: bombs.spinning()}, "test_timed_out")}
+
+
+def refuses_all(device, harmful) -> None:
+    with assert_unharmed(device, volatile=(*TAKEN, "store/blobs/", "trust/")):
+        for name, sha in impose(device, {name: files for name, (files, _) in harmful.items()}):
+            code = harmful[name][1]
+            device.logs(f"({code})")
+            assert never_again(device, sha), name
+            if name in {"expanding", "spinning", "traversal"}:
+                shows(device, code)
+
+
+def restart(device, **options) -> None:
+    device.stop()
+    device.options = options
+    device.start()
 
 
 def test_row_40_a_memory_bomb_or_a_traversal_is_loaded_first_in_a_subprocess_and_refused(shop):
-    with device_of(shop, rehearsal_bytes=512 * limits.MIB, rehearsal_seconds=4.0) as device:
+    with device_of(shop, rehearsal_bytes=512 * limits.MIB) as device:
         peak = peak_memory(device)
-        with assert_unharmed(device, volatile=(*TAKEN, "store/blobs/", "trust/")):
-            for name, sha in impose(device, {name: files for name, (files, _) in HARMFUL.items()}):
-                code = HARMFUL[name][1]
-                device.logs(f"({code})")
-                assert never_again(device, sha), name
-                if name in {"expanding", "spinning", "traversal"}:
-                    shows(device, code)
+        refuses_all(device, HARMFUL)
         assert peak_memory(device) - peak < 64 * limits.MIB  # nothing of it was loaded here
+        heals(device)
+
+
+def test_row_40_a_model_that_never_answers_is_ended_in_its_subprocess(shop):
+    with device_of(shop) as device:
+        restart(device, rehearsal_seconds=4.0)  # for this release alone: a busy machine takes longer for good ones
+        refuses_all(device, SPINNING)
+        restart(device)
         heals(device)

@@ -20,7 +20,7 @@ import numpy as np
 import requests
 from tuf.api.metadata import Metadata
 
-from device_sdk import download, ledger, standing, transport
+from device_sdk import download, hashed, ledger, standing, transport
 from device_sdk.config import Identity, Provision
 from device_sdk.counts import Counts
 from device_sdk.errors import TransferError, UntrustedError
@@ -255,6 +255,13 @@ def run_ledger(data: bytes) -> None:
             assert each.seconds >= 0
             judge(COMPARING, COUNTS, 100.0, each.counts)
             judge(COMPARING, each.and_then(COUNTS, 1.0).counts, each.seconds, COUNTS)
+
+
+def run_hashed(data: bytes) -> None:
+    """A file in the store: what a start may believe of the blobs."""
+    for sha, identity in hashed.parse(data).items():
+        assert len(sha) == 64
+        assert len(identity) == 5
 
 
 def ledger_file() -> bytes:
@@ -584,6 +591,7 @@ TARGETS = (
     ),
     Target("scores", run_scores, lambda: [dumped(Scores("y", kind).to_json()) for kind in KINDS]),
     Target("ledger", run_ledger, lambda: [ledger_file()]),
+    Target("hashed", run_hashed, lambda: [b'{"' + b"ab" * 32 + b'": [1, 2, 3, 4, 5]}']),
     Target("standing", run_standing, lambda: [standing_file()]),
     Target("identity", run_identity, lambda: [Identity("cam-1", "0" * 32, "secret").to_bytes()]),
     Target(

@@ -10,7 +10,14 @@ from device_sdk.outbox import Outbox
 from tests.sdk.world import World, answer, prove, scaling
 
 pytestmark = pytest.mark.timeout(20)  # a pipe that nobody writes to would wait for ever
-OURS = ["progress.json", "outbox/events.jsonl", "trust/view.json", "trust/floor.json", "store/state.json"]
+OURS = [
+    "progress.json",
+    "outbox/events.jsonl",
+    "trust/view.json",
+    "trust/floor.json",
+    "store/state.json",
+    "store/hashed.json",
+]
 
 
 @pytest.fixture

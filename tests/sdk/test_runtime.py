@@ -298,15 +298,17 @@ def test_counts_are_exact_over_threads_that_come_and_go():
 
     def count():
         for _ in range(100):
-            stats.cell().calls += 1
+            stats.ended()
+            stats.cell().checked += 1
 
-    for _ in range(50):
+    for turn in range(50):
         threads = [threading.Thread(target=count) for _ in range(4)]
         for thread in threads:
             thread.start()
         for thread in threads:
             thread.join()
-    assert stats.counts().calls == 50 * 4 * 100
+        counts = stats.counts()  # to read them counts for nothing
+        assert counts.calls == counts.checked == (turn + 1) * 4 * 100
     assert len(stats._cells) <= 70
 
 

@@ -1,6 +1,7 @@
 """A start without a network: quick, and no less careful about what it serves."""
 
 import json
+import os
 import subprocess
 import sys
 
@@ -8,9 +9,12 @@ import numpy as np
 import onnx
 import pytest
 
+from device_sdk import runtime
+from device_sdk.errors import NoModelError
 from device_sdk.protocol.assignment import Assignment
 from device_sdk.protocol.manifest import FileEntry, digest
 from device_sdk.protocol.names import ReleasePath
+from device_sdk.store import Store
 from tests.sdk.world import QUICK, World, X, answer, graph, helper, manifest_of, prove, scaling
 
 OLD, NEW = "detector/1.0.0/default", "detector/2.0.0/default"
@@ -35,6 +39,35 @@ def test_start_serves_before_it_loads_what_only_a_network_needs(world):
     done = subprocess.run([sys.executable, "-c", PROGRAM, str(world.path)], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout) == [3.0, []]
+
+
+@pytest.mark.parametrize(("by", "calls"), [(runtime.RUNTIME, 1), ("1.0.0", 2)], ids=["it", "another"])
+def test_start_leaves_the_first_call_to_the_program_where_this_onnxruntime_has_answered(world, monkeypatch, by, calls):
+    with world.committed(OLD, scaling(3)) as fleet:
+        answer(fleet)
+    path = world.path / "ledger.json"
+    ledger = json.loads(path.read_text())
+    (done,) = ledger["detector"].values()
+    assert done["runtime"] == runtime.RUNTIME
+    done["runtime"] = by
+    path.write_text(json.dumps(ledger))
+    made, asked = runtime.make_session, []
+
+    class Session:
+        def __init__(self, *given):
+            self.real = made(*given)
+
+        def __getattr__(self, name):
+            return getattr(self.real, name)
+
+        def run(self, *given):
+            asked.append(given)
+            return self.real.run(*given)
+
+    monkeypatch.setattr(runtime, "make_session", Session)
+    with world.open() as fleet:
+        assert answer(fleet) == 3.0
+        assert len(asked) == calls
 
 
 def test_view_that_is_remembered_says_what_must_not_be_served(world):
@@ -107,13 +140,136 @@ def publish_external(world, path, factor, folder):
     return files
 
 
-def test_weights_that_were_damaged_are_found_beside_the_loading_and_what_went_before_serves(world, tmp_path):
+@pytest.fixture
+def large(world, tmp_path):
+    """A committed release of several files, which follows another. The files."""
     with world.committed(OLD, scaling(1)) as fleet:
         files = publish_external(world, NEW, 3.0, tmp_path / "new")
         fleet.update_once()
         prove(fleet)
-        assert float(fleet.model("detector").run(X)["y"][0, 0]) == pytest.approx(18.0)
-    blob = world.path / "store" / "blobs" / files[1].sha256
+        assert said(fleet) == pytest.approx(18.0)
+    return files
+
+
+@pytest.fixture
+def hashed(monkeypatch):
+    """The names of the files that the store hashes."""
+    names, real = [], Store._hash
+
+    def noted(store, path):
+        names.append(path.name)
+        return real(store, path)
+
+    monkeypatch.setattr(Store, "_hash", noted)
+    return names
+
+
+def said(fleet):
+    return float(fleet.model("detector").run(X)["y"][0, 0])
+
+
+def rot(world, file):
+    """As a medium does it: other bytes, and nothing to see from outside."""
+    blob = world.path / "store" / "blobs" / file.sha256
+    blob.write_bytes(bytes(file.length))
+    status = blob.stat()
+    path = world.path / "store" / "hashed.json"
+    known = json.loads(path.read_text())
+    known[file.sha256] = [status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns]
+    path.write_text(json.dumps(known))
+    return blob
+
+
+def test_files_that_nobody_has_written_to_are_hashed_once_they_serve(world, large, hashed):
+    for _ in range(2):  # the second start goes by what the first has left
+        with world.open() as fleet:
+            assert said(fleet) == pytest.approx(18.0)
+            assert hashed == []
+            fleet.update_once()
+            assert sorted(hashed) == sorted(file.sha256 for file in large)
+            fleet.update_once()
+            assert len(hashed) == 2
+        hashed.clear()
+
+
+@pytest.mark.parametrize("by", ["the program", "lost", "rubbish", "written to", "another runtime", "read-only"])
+def test_files_are_hashed_before_they_serve_where_anything_speaks_against_waiting(world, large, hashed, by):
+    path, options = world.path / "store" / "hashed.json", {}
+    if by == "the program":
+        options = {"hash_first": True}
+    elif by == "lost":
+        path.unlink()
+    elif by == "rubbish":
+        path.write_text('{"' + large[1].sha256 + '": [1, 2, 3]}')
+    elif by == "written to":
+        blob = world.path / "store" / "blobs" / large[1].sha256
+        before = blob.stat()
+        blob.write_bytes(blob.read_bytes())
+        os.utime(blob, ns=(before.st_atime_ns, before.st_mtime_ns))
+    elif by == "another runtime":
+        ledger = world.path / "ledger.json"
+        ledger.write_text(ledger.read_text().replace(runtime.RUNTIME, "1.0.0"))
+    else:
+        options = {"read_only": True}
+    with world.open(**options) as fleet:
+        assert said(fleet) == pytest.approx(18.0)
+        assert large[1].sha256 in hashed or large[1].name in hashed
+
+
+def test_weights_that_rotted_on_the_disk_are_replaced_as_soon_as_they_serve(world, large):
+    blob = rot(world, large[1])
+    with world.open() as fleet:
+        assert said(fleet) != pytest.approx(18.0)
+        kept = dict(world.server.simulator.blobs)
+        world.server.simulator.blobs.clear()
+        fleet._worker.install()
+        assert answer(fleet) == 1.0
+        assert not blob.exists()
+        told = [(event.kind, event.reason) for event in fleet._outbox.pending().events]
+        assert told.count(("refused", "damaged")) == 1
+        world.server.simulator.blobs.update(kept)
+        world.time.seconds += 3_600
+        fleet.update_once()  # it is fetched again
+        prove(fleet)
+        assert said(fleet) == pytest.approx(18.0)
+
+
+def test_the_only_release_rotted_and_serves_no_more_until_it_is_fetched_again(world, tmp_path):
+    files = publish_external(world, OLD, 3.0, tmp_path / "only")
+    with world.open() as fleet:
+        fleet.update_once()
+        prove(fleet)
+    blob, kept = rot(world, files[1]), dict(world.server.simulator.blobs)
+    with world.open() as fleet:
+        model = fleet.model("detector")
+        world.server.simulator.blobs.clear()
+        fleet._worker.install()
+        assert not blob.exists()
+        with pytest.raises(NoModelError):
+            model.run(X)
+        assert not model.wait(0)
+        world.server.simulator.blobs.update(kept)
+        world.time.seconds += 3_600
+        fleet.update_once()
+        assert said(fleet) == pytest.approx(18.0)
+
+
+def test_a_model_that_rotted_so_that_it_does_not_load_is_found_out_at_the_start(world):
+    with world.committed(OLD, scaling(1)) as fleet:
+        world.server.assign(world.server.publish(NEW, scaling(3)))
+        fleet.update_once()
+        prove(fleet)
+    blob = rot(world, manifest_of(NEW, scaling(3)).files[0])
+    with world.open() as fleet:
+        assert answer(fleet) == 1.0
+        assert not blob.exists()
+        fleet.update_once()
+        prove(fleet)
+        assert answer(fleet) == 3.0
+
+
+def test_weights_that_were_damaged_are_found_beside_the_loading_and_what_went_before_serves(world, large):
+    blob = world.path / "store" / "blobs" / large[1].sha256
     data = bytearray(blob.read_bytes())
     data[100] ^= 1
     blob.write_bytes(data)
