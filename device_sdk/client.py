@@ -26,6 +26,7 @@ from device_sdk.hooks import Hooks
 from device_sdk.install import Installer
 from device_sdk.journal import Journal
 from device_sdk.locking import Lock
+from device_sdk.mirror import Mirrors
 from device_sdk.model import Model
 from device_sdk.options import Options
 from device_sdk.outbox import Outbox
@@ -39,7 +40,6 @@ from device_sdk.updater import State
 
 if TYPE_CHECKING:
     from device_sdk.loop import Loop
-    from device_sdk.mirror import Mirror
     from device_sdk.status import ModelStatus, Status
     from device_sdk.uploader import Report
     from device_sdk.worker import Worker
@@ -83,9 +83,9 @@ class Fleet:
         self._board = Board(home.peers)
         self._journal = Journal(home.path / "progress.json", None, now=options.clock.now)
         self._transport = options.transport or Deferred(self._make_transport)
-        self._mirror = self._open_mirror()
+        mirrors = Mirrors(options.mirror, self._provision.mirror, stall_seconds=options.stall_seconds)
         self._store = Store(home.store)
-        bringer = Bringer(self._transport, self._store, self._journal, self._mirror, options)
+        bringer = Bringer(self._transport, self._store, self._journal, mirrors, options)
         self._parts = make_parts(
             home, self._identity.device, options, store=self._store, journal=self._journal, bringer=bringer,
             tidy=self._tidy, writes=self._lock is not None, seen=self._board.seen, held=self._holds.reason,
@@ -303,14 +303,6 @@ class Fleet:
         parts.is_stale = worker.poller.is_stale
         worker.take_up(standing)
         return worker
-
-    def _open_mirror(self) -> "Mirror | None":
-        address = self._provision.mirror if self._options.mirror is None else self._options.mirror
-        if not address:
-            return None
-        from device_sdk.mirror import open_mirror
-
-        return open_mirror(address, stall_seconds=self._options.stall_seconds)
 
     def _abilities(self) -> Any:
         from device_sdk.abilities import detect

@@ -108,7 +108,7 @@ class Parts:
     sdk: str
     store: Store
     journal: Journal
-    fetch: Callable[[Manifest, Callable[..., None]], "Fetched"]
+    fetch: Callable[[Manifest, str, Callable[..., None]], "Fetched"]  # the mirror that the view names, progress
     probes: Probes
     traffic: Traffic
     ledger: Ledger
@@ -648,7 +648,8 @@ class Installer:
         if sha != assignment.sha256:
             raise UntrustedError(f"manifest: expected {assignment.sha256}; got {sha}", code="hash_mismatch")
         self._began_at, self._brought = None, 0
-        fetched = Fetched() if self._store.has_all(sha) else self._parts.fetch(manifest, self._go_on)
+        has_all = self._store.has_all(sha)
+        fetched = Fetched() if has_all else self._parts.fetch(manifest, assignment.mirror, self._go_on)
         self._signal(Signal.DOWNLOADED, detail=fetched.detail())
         if hold := self._held(assignment):
             self._tell_once(Signal.HOLD, hold, held_at=self._held_at)
