@@ -4,7 +4,6 @@ for; no user name, for it would be sent to whoever answers.
 
 import re
 from contextlib import suppress
-from ipaddress import IPv6Address
 
 from device_sdk.protocol.errors import ProtocolError
 
@@ -30,6 +29,8 @@ def mirror_or_none(value: object) -> str:
 
 
 def _is_v6(text: str) -> bool:
+    from ipaddress import IPv6Address  # a device's start names none
+
     with suppress(ValueError):
         return bool(IPv6Address(text))
     return False

@@ -34,12 +34,13 @@ from device_sdk.protocol.arrays.archive import opened, packed
 from device_sdk.protocol.assignment import Assignment, Probation, Sampling, Window
 from device_sdk.protocol.batches import BatchHead, BatchIndex, SampleEntry
 from device_sdk.protocol.errors import ProtocolError
-from device_sdk.protocol.events import Event, EventPost
+from device_sdk.protocol.events import Event
 from device_sdk.protocol.manifest import FileEntry, Manifest, Requirements, TensorSpec, digest
 from device_sdk.protocol.names import ReleasePath
 from device_sdk.protocol.patches.frames import HEAD_BYTES, Head
 from device_sdk.protocol.patches.offers import PatchOffer, offers_to_json, parse_offers
 from device_sdk.protocol.polls import Bundle, EnrolRequest, Tag
+from device_sdk.protocol.posts import EventPost
 from device_sdk.protocol.scores import KINDS, Scores
 from device_sdk.trust import Trust
 from device_sdk.updater import judge
@@ -52,7 +53,7 @@ from fleet.releases import bom, model_signing, onnx_probe
 from fleet.releases.model_signing import State
 from fleet.trust import offline, repository
 from tests.deltas import pieces
-from tests.protocol.test_patches import OLD, golden
+from tests.protocol.test_patches import OLD, RICH, golden, golden_quarters
 from tests.registry import external_model, onnx_model
 from tests.server.batch_world import pack, sample
 from tests.simulator import START, Simulator, signer
@@ -551,7 +552,7 @@ BOM = {
 SIGNATURES = Path(__file__).parents[1] / "server" / "model_sigs"
 
 TARGETS = (
-    Target("patch", run_patch, lambda: [golden()[0]], is_json=False),
+    Target("patch", run_patch, lambda: [golden()[0], golden_quarters()[0], RICH], is_json=False),
     Target("patch-offers", run_offers, lambda: [dumped(offers_to_json([PatchOffer("ab" * 32, "cd" * 32, 9)]))]),
     Target("selector", run_selector, lambda: [text.encode() for text in SELECTORS], errors=(Invalid,), is_json=False),
     Target("bom", run_bom, lambda: [dumped(BOM)], errors=(Invalid,)),
