@@ -38,12 +38,12 @@ def _release(model: str, version: str, variants: dict[str, Requirements]) -> Rel
     return ReleaseRef(model, version, refs, {"1.1.0": step} if floor else {})
 
 
-releases = st.builds(
-    _release,
-    st.sampled_from(MODELS),
-    st.sampled_from(VERSIONS),
-    st.dictionaries(st.sampled_from(["default", "int8"]), requirements, max_size=2),
-)
+def releases_of(models: st.SearchStrategy[str]) -> st.SearchStrategy[ReleaseRef]:
+    variants = st.dictionaries(st.sampled_from(["default", "int8"]), requirements, max_size=2)
+    return st.builds(_release, models, st.sampled_from(VERSIONS), variants)
+
+
+releases = releases_of(st.sampled_from(MODELS))
 selectors = st.sampled_from(SELECTORS).map(parse)
 rollouts = st.builds(
     RolloutRules,
@@ -83,7 +83,9 @@ devices = st.builds(
     DeviceFacts,
     name=st.sampled_from([f"cam-{number}" for number in range(8)]),
     traits=traits,
-    pins=st.one_of(st.just({}), st.dictionaries(st.sampled_from(MODELS), st.none() | releases, max_size=1)),
+    pins=st.one_of(
+        st.just({}), *(st.fixed_dictionaries({model: st.none() | releases_of(st.just(model))}) for model in MODELS)
+    ),
     runs=st.dictionaries(st.sampled_from(MODELS), st.sampled_from([f"{version}/default" for version in VERSIONS])),
     failed=st.frozensets(st.integers(1, 4), max_size=2),
 )
