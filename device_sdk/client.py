@@ -26,7 +26,6 @@ from device_sdk.hooks import Hooks
 from device_sdk.install import Installer
 from device_sdk.journal import Journal
 from device_sdk.locking import Lock
-from device_sdk.mirror import Mirrors
 from device_sdk.model import Model
 from device_sdk.options import Options
 from device_sdk.outbox import Outbox
@@ -83,7 +82,7 @@ class Fleet:
         self._board = Board(home.peers)
         self._journal = Journal(home.path / "progress.json", None, now=options.clock.now)
         self._transport = options.transport or Deferred(self._make_transport)
-        mirrors = Mirrors(options.mirror, self._provision.mirror, stall_seconds=options.stall_seconds)
+        mirrors: Any = Deferred(self._make_mirrors) if options.mirror is None else self._make_mirrors()
         self._store = Store(home.store)
         bringer = Bringer(self._transport, self._store, self._journal, mirrors, options)
         self._parts = make_parts(
@@ -314,6 +313,12 @@ class Fleet:
 
         given, seconds = self._provision, self._options.stall_seconds
         return Transport(given.server, given.blob_hosts, self._identity.credential, stall_seconds=seconds)
+
+    def _make_mirrors(self) -> Any:
+        from device_sdk.mirror import Mirrors
+
+        options = self._options
+        return Mirrors(options.mirror, self._provision.mirror, stall_seconds=options.stall_seconds)
 
     def _make_trust(self) -> Any:
         from device_sdk.trust import Trust

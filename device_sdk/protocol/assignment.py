@@ -6,7 +6,6 @@ from typing import Any
 from device_sdk.protocol import fields
 from device_sdk.protocol.errors import ProtocolError
 from device_sdk.protocol.frozen import frozen
-from device_sdk.protocol.mirrors import mirror_or_none
 from device_sdk.protocol.names import ReleasePath, check_model, check_sha256
 
 DAY_MINUTES = 24 * 60
@@ -219,5 +218,13 @@ class Assignment:
             conditions=Conditions.parse(item.get("conditions", {})),
             max_hold=fields.take_int(item, "max_hold", high=LONGEST_HOLD, default=MAX_HOLD),
             forgive=fields.take_bool(item, "forgive"),
-            mirror=mirror_or_none(item.get("mirror")),
+            mirror=_mirror(item.get("mirror")),
         )
+
+
+def _mirror(value: object) -> str:
+    if not value:
+        return ""
+    from device_sdk.protocol.mirrors import mirror_or_none  # few devices have one, and each starts
+
+    return mirror_or_none(value)

@@ -36,8 +36,8 @@ print(json.dumps([float(outputs["y"][0, 0]), sorted(set(sys.modules) - before)])
 LOADED = {
     "device_sdk", "device_sdk.assembly", "device_sdk.binding", "device_sdk.client", "device_sdk.comparison",
     "device_sdk.config", "device_sdk.counts", "device_sdk.deferred", "device_sdk.errors", "device_sdk.following",
-    "device_sdk.hashed",
-    "device_sdk.holds", "device_sdk.hooks", "device_sdk.install", "device_sdk.journal", "device_sdk.ledger",
+    "device_sdk.hashed", "device_sdk.holds", "device_sdk.hooks", "device_sdk.install", "device_sdk.journal",
+    "device_sdk.ledger",
     "device_sdk.locking", "device_sdk.looking", "device_sdk.model", "device_sdk.options", "device_sdk.outbox",
     "device_sdk.peers", "device_sdk.probes", "device_sdk.protocol", "device_sdk.protocol.assignment",
     "device_sdk.protocol.cohorts", "device_sdk.protocol.errors", "device_sdk.protocol.events",
