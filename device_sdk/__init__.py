@@ -32,12 +32,13 @@ if TYPE_CHECKING:
         UntrustedError,
     )
     from device_sdk.model import Model
-    from device_sdk.options import Options, Status
+    from device_sdk.options import Options
+    from device_sdk.status import Status
 
 _HOMES = {
     "Fleet": "client",
     "Options": "options",
-    "Status": "options",
+    "Status": "status",
     "enrol": "enrolment",
     "Model": "model",
     "DeviceError": "errors",

@@ -17,7 +17,7 @@ from device_sdk.protocol.errors import ProtocolError
 
 if TYPE_CHECKING:
     from device_sdk.model import Model
-    from device_sdk.options import Status
+    from device_sdk.status import Status
 
 OK, USAGE, REFUSED, NETWORK = 0, 2, 3, 4
 

@@ -9,7 +9,6 @@ from device_sdk.config import Home
 from device_sdk.install import Parts
 from device_sdk.journal import Journal
 from device_sdk.ledger import Ledger
-from device_sdk.mirror import BAD_MIRROR, Mirror
 from device_sdk.options import Options
 from device_sdk.probes import Probes
 from device_sdk.protocol import events
@@ -22,6 +21,7 @@ from device_sdk.traffic import Limits, Traffic
 
 if TYPE_CHECKING:
     from device_sdk.download import Fetched
+    from device_sdk.mirror import Mirror
     from device_sdk.patching import Patcher
 
 
@@ -31,7 +31,9 @@ class Bringer:
     What downloads and patches are made of is imported with the first: a start serves without it.
     """
 
-    def __init__(self, transport: Any, store: Store, journal: Journal, mirror: Mirror | None, options: Options) -> None:
+    def __init__(
+        self, transport: Any, store: Store, journal: Journal, mirror: "Mirror | None", options: Options
+    ) -> None:
         self._transport = transport
         self._store = store
         self._journal = journal
@@ -42,6 +44,7 @@ class Bringer:
     def using(self, traffic: Traffic) -> "Callable[[Manifest, Callable[..., None]], Fetched]":
         def bring(manifest: Manifest, on_progress: Callable[..., None]) -> "Fetched":
             from device_sdk.download import fetch
+            from device_sdk.mirror import BAD_MIRROR
 
             model = manifest.path.model
             patcher = self._patches()

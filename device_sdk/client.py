@@ -2,6 +2,8 @@
 
 One process at a time updates a directory, by a lock file. The others follow it, and one of them takes over when
 it ends. A forked child is one of the others: it opens everything anew.
+
+What a start needs is imported above; what polls, updates, uploads and tells, with what it is first asked for.
 """
 
 import atexit
@@ -11,13 +13,12 @@ import weakref
 from functools import partial
 from pathlib import Path
 from threading import RLock
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 from device_sdk import __version__
 from device_sdk.assembly import Bringer, make_parts, upload_traffic
 from device_sdk.config import Home, Identity, Provision, setup_errors
-from device_sdk.counts import Counts
-from device_sdk.deferred import Deferred
+from device_sdk.deferred import Deferred, is_made
 from device_sdk.errors import DeviceError, SetupError
 from device_sdk.following import Following
 from device_sdk.holds import Hold, Holds
@@ -25,21 +26,23 @@ from device_sdk.hooks import Hooks
 from device_sdk.install import Installer
 from device_sdk.journal import Journal
 from device_sdk.locking import Lock
-from device_sdk.mirror import open_mirror
 from device_sdk.model import Model
-from device_sdk.options import ModelStatus, Options, Status
+from device_sdk.options import Options
 from device_sdk.outbox import Outbox
-from device_sdk.packing import BATCH_BYTES
 from device_sdk.peers import Board
 from device_sdk.protocol.names import check_model, check_name
 from device_sdk.runtime import end_plainly
 from device_sdk.slot import Slot
-from device_sdk.spool import Spool
-from device_sdk.standing import recall, remember
+from device_sdk.standing import Standing, recall, remember
 from device_sdk.store import Store
 from device_sdk.updater import State
-from device_sdk.uploader import Report, Uploader
-from device_sdk.worker import Context, Loop, Settings, Worker
+
+if TYPE_CHECKING:
+    from device_sdk.loop import Loop
+    from device_sdk.mirror import Mirror
+    from device_sdk.status import ModelStatus, Status
+    from device_sdk.uploader import Report
+    from device_sdk.worker import Worker
 
 log = logging.getLogger("device_sdk")
 
@@ -69,19 +72,18 @@ class Fleet:
             self._outbox = Outbox(home.outbox)
             self._journal.take_over(self._outbox)
             self._board.sweep()
-            self._worker = self._make_worker()
+            self._worker = self._take_up()
         _FLEETS.add(self)
 
     def _assemble(self) -> None:
         """Make everything but the slots, which models hold: at the start, and in a forked child."""
-        options, provision, home = self._options, self._provision, self._home
+        options, home = self._options, self._home
         self._restoring = RLock()
         self._restored: set[str] = set()
         self._board = Board(home.peers)
         self._journal = Journal(home.path / "progress.json", None, now=options.clock.now)
         self._transport = options.transport or Deferred(self._make_transport)
-        address = provision.mirror if options.mirror is None else options.mirror
-        self._mirror = open_mirror(address, stall_seconds=options.stall_seconds) if address else None
+        self._mirror = self._open_mirror()
         self._store = Store(home.store)
         bringer = Bringer(self._transport, self._store, self._journal, self._mirror, options)
         self._parts = make_parts(
@@ -154,14 +156,14 @@ class Fleet:
             follower.stop()
         worker, self._worker = self._worker, None
         if worker is not None:
-            worker.stop()
+            self._end(worker)
             self._tell_peers()
         self._board.leave()
         if self._lock is not None:
             self._lock.release()
             self._lock = None
 
-    def update_once(self) -> Status:
+    def update_once(self) -> "Status":
         """Poll once and install what is new, in this thread. A release stays in probation until it has been called
         often enough. Raises TransferError, UnauthorizedError, UntrustedError, StorageError.
         """
@@ -170,7 +172,7 @@ class Fleet:
         worker.update()
         return self.status()
 
-    def upload_now(self) -> Report:
+    def upload_now(self) -> "Report":
         """Upload every sample that waits, whatever the window. Raises TransferError; repeat at will."""
         worker = self._require_worker()
         return worker.upload(force=True)
@@ -219,7 +221,9 @@ class Fleet:
             "models": models,
         }
 
-    def status(self) -> Status:
+    def status(self) -> "Status":
+        from device_sdk.status import Status
+
         self._reopen()
         worker = self._worker
         if worker is None:
@@ -236,13 +240,47 @@ class Fleet:
             samples_dropped=worker.spool.dropped() if worker else {},
         )
 
+    def _end(self, worker: "Worker") -> None:
+        if is_made(worker):
+            worker.stop()
+            return
+        for installer in self._installers.values():
+            installer.close()
+
     def _wake_worker(self) -> None:
-        if self._worker is not None:
-            self._worker.wake()
+        """Called within inferences, too: it makes none."""
+        worker = self._worker
+        if worker is not None and is_made(worker):
+            worker.wake()
 
     # Parts
 
-    def _make_worker(self) -> Worker:
+    def _take_up(self) -> "Worker":
+        """Go on as an earlier process did. Where what it remembered of the view is all that a start needs, the worker
+        is made when it is first asked for.
+        """
+        standing = recall(self._home.standing_file, self._home.view_file)
+        if standing is None or any(each.assignment.sampling for each in standing.assignments.values()):
+            return self._make_worker(standing)
+        self._parts.wake = self._wake_worker
+        for name, installer in self._installers.items():
+            installer.latest = standing.assignments.get(name)
+
+        def make() -> "Worker":
+            worker = self._make_worker(standing)
+            if self._worker is standin:
+                self._worker = worker
+            return worker
+
+        standin: Any = Deferred(make)
+        return standin  # type: ignore[no-any-return]  # a Worker when it is used
+
+    def _make_worker(self, standing: Standing | None) -> "Worker":
+        from device_sdk.packing import BATCH_BYTES
+        from device_sdk.spool import Spool
+        from device_sdk.uploader import Uploader
+        from device_sdk.worker import Context, Settings, Worker
+
         parts, options = self._parts, self._options
         device, trust = self._identity.device, Deferred(self._make_trust)
         spool = Spool(
@@ -263,8 +301,16 @@ class Fleet:
         worker = Worker(context, spool, uploader, settings)
         parts.wake = worker.wake
         parts.is_stale = worker.poller.is_stale
-        worker.take_up(recall(self._home.standing_file, self._home.view_file))
+        worker.take_up(standing)
         return worker
+
+    def _open_mirror(self) -> "Mirror | None":
+        address = self._provision.mirror if self._options.mirror is None else self._options.mirror
+        if not address:
+            return None
+        from device_sdk.mirror import open_mirror
+
+        return open_mirror(address, stall_seconds=self._options.stall_seconds)
 
     def _abilities(self) -> Any:
         from device_sdk.abilities import detect
@@ -300,6 +346,8 @@ class Fleet:
             log.warning("other processes are not told what to serve: %s", error.strerror)
 
     def _start_following(self) -> None:
+        from device_sdk.loop import Loop
+
         if self._follower is None:
             self._follower = Loop("fleet-follow", self._follow_step)
             self._follower.start()
@@ -353,7 +401,7 @@ class Fleet:
         self._board.sweep()
         for slot in self._slots.values():
             slot.sampler = None
-        self._worker = self._make_worker()
+        self._worker = self._make_worker(recall(self._home.standing_file, self._home.view_file))
         for name in self._restored:
             try:
                 self._installers[name].take_over()
@@ -403,7 +451,7 @@ class Fleet:
         for name in self._models:
             self._restore(name)
 
-    def _require_worker(self) -> Worker:
+    def _require_worker(self) -> "Worker":
         self._reopen()
         with self._restoring:
             if self._worker is None:
@@ -412,7 +460,10 @@ class Fleet:
             raise SetupError(f"{self._home.path} is updated by another process (see {self._home.path / 'lock'})")
         return self._worker
 
-    def _model_status(self, name: str) -> ModelStatus:
+    def _model_status(self, name: str) -> "ModelStatus":
+        from device_sdk.counts import Counts
+        from device_sdk.status import ModelStatus
+
         progress, loaded = self._journal.get(name), self._slots[name].now()
         release = loaded.path if loaded else None
         if release is None and progress.state is not State.STOPPED:

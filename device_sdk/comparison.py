@@ -7,11 +7,12 @@ long a class stays, and count an answer for that much less; of latencies nothing
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import field
 from math import inf, log, sqrt
 
 from device_sdk.counts import OTHER, Counts, quantile
 from device_sdk.protocol.assignment import Probation
+from device_sdk.protocol.frozen import frozen
 
 MIN_LOOKED = 100  # calls (or answers) looked at, on both sides: with fewer nothing is compared
 MOST_LOOKED = 1_600  # calls after which nobody waits for scores any more
@@ -20,7 +21,7 @@ _TUNED = 200.0  # answers for which the boundary is tightest
 _KINDS = 8  # classes told apart; the rest are one
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Compared:
     """`reason`: what went too far, "" if nothing did. `detail`: for the event, also where nothing could be compared."""
 

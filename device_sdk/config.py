@@ -7,19 +7,20 @@ import errno
 import json
 import os
 import stat
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, field
 from pathlib import Path
 from urllib.parse import urlsplit
 
 from device_sdk.errors import SetupError
 from device_sdk.protocol import fields
 from device_sdk.protocol.errors import ProtocolError
+from device_sdk.protocol.frozen import frozen
 from device_sdk.protocol.names import check_model, check_name
 
 _LIMIT = 1024 * 1024
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Provision:
     """Server address, pinned root metadata (text), enrolment token, models, extra hosts that may serve blobs.
 
@@ -64,7 +65,7 @@ def check_address(text: str, what: str) -> str:
     return text.rstrip("/")
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Identity:
     """Who the device is. `credential` empty: asked for, not yet granted; the nonce makes asking again harmless."""
 
@@ -85,7 +86,7 @@ class Identity:
         return json.dumps(asdict(self)).encode()
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Home:
     """The directory's layout. Private: 0700."""
 

@@ -6,11 +6,11 @@ Latencies are kept as a histogram, so that those of several processes can be add
 
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 from device_sdk.protocol import fields
 from device_sdk.protocol.errors import ProtocolError
+from device_sdk.protocol.frozen import frozen
 
 Tally = tuple[tuple[int, int], ...]  # (what, how often), in order of the first
 
@@ -21,7 +21,7 @@ _MOST = 2.0**62
 _PLAIN = ("calls", "errors", "checked", "invalid", "rejected", "scored", "changes")
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Counts:
     """What a release did. `checked`: calls whose outputs were looked at; `invalid`: those with NaN, inf or nothing.
 

@@ -20,3 +20,8 @@ class Deferred:
                     self._deferred_made = self._deferred_make()
                     self._deferred_make = None
         return getattr(self._deferred_made, name)
+
+
+def is_made(thing: object) -> bool:
+    """Whether asking something of it makes nothing."""
+    return not isinstance(thing, Deferred) or thing._deferred_make is None  # noqa: SLF001  this module's own

@@ -27,13 +27,14 @@ from device_sdk.peers import Seen, Served, total
 from device_sdk.probes import IDLE, Probes
 from device_sdk.protocol import events, limits
 from device_sdk.protocol.assignment import Assignment, Probation
+from device_sdk.protocol.frozen import frozen
 from device_sdk.protocol.manifest import Manifest
 from device_sdk.protocol.versions import older
 from device_sdk.room import Rules, Swap
 from device_sdk.runtime import RuntimeOptions
 from device_sdk.slot import CHECK_EVERY, Gate, Loaded, Slot, told
 from device_sdk.store import LoadedFiles, Store
-from device_sdk.traffic import BudgetError, Limits, Traffic
+from device_sdk.traffic import BudgetError, Limits, Traffic, local_second_of_day
 from device_sdk.updater import (
     MAX_STARTS,
     MAX_TESTS,
@@ -46,7 +47,6 @@ from device_sdk.updater import (
     backoff,
     judge,
 )
-from device_sdk.uploader import local_second_of_day
 
 if TYPE_CHECKING:
     from device_sdk.acceptance import Exam
@@ -76,7 +76,7 @@ class Verified(Protocol):
     def listed(self) -> frozenset[str] | None: ...
 
 
-@dataclass(frozen=True)
+@frozen
 class Clock:
     """Time as the device sees it: wall (unix seconds), monotonic, and seconds since local midnight."""
 

@@ -8,13 +8,14 @@ Losing it costs a comparison, never a model. One process writes it, an hour apar
 import json
 import logging
 from collections.abc import Collection
-from dataclasses import dataclass, field
+from dataclasses import field
 from pathlib import Path
 
 from device_sdk.config import read_plainly, write_durably
 from device_sdk.counts import Counts, added
 from device_sdk.protocol import fields, limits
 from device_sdk.protocol.errors import ProtocolError
+from device_sdk.protocol.frozen import frozen
 from device_sdk.protocol.names import check_sha256
 
 log = logging.getLogger("device_sdk")
@@ -24,7 +25,7 @@ _LONGEST = 2.0**40
 _RUNTIME_CHARS = 64
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Done:
     """What a release did, for how many seconds it served, and the version of onnxruntime that last answered for it."""
 

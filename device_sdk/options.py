@@ -1,18 +1,19 @@
-"""What an application says when it opens a device, and what it is told of it."""
+"""What an application says when it opens a device."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
-from typing import Any
+from dataclasses import field
+from typing import TYPE_CHECKING, Any
 
-from device_sdk.counts import Counts
 from device_sdk.install import Clock
 from device_sdk.probes import Probe
 from device_sdk.protocol import limits
-from device_sdk.spool import Redact
-from device_sdk.worker import PollState
+from device_sdk.protocol.frozen import frozen
+
+if TYPE_CHECKING:
+    from device_sdk.spool import Redact
 
 
-@dataclass(frozen=True)
+@frozen
 class Options:
     """How a device behaves, apart from what the server decides. Sizes in bytes, times in seconds.
 
@@ -40,7 +41,7 @@ class Options:
     intra_op_threads: int | None = None
     providers: Sequence[Any] = ("CPUExecutionProvider",)
     session_options: Callable[[], Any] | None = None
-    redact: Redact | None = None
+    redact: "Redact | None" = None
     spool_bytes: int = 256 * limits.MIB
     spool_samples: int = 100_000
     poll_seconds: float = 60.0
@@ -67,38 +68,3 @@ class Options:
     follow_seconds: float = 0.5
     clock: Clock = field(default_factory=Clock)
     transport: Any = None  # a stand-in for tests and simulators; else HTTP to the provisioned server
-
-
-@dataclass(frozen=True, slots=True)
-class ModelStatus:
-    """One model. `release` serves now; `state` and `reason` say where an update to `target` stands.
-
-    `providers`: what it runs on; `missing_providers`: execution providers that were asked for and are not among them.
-    """
-
-    release: str
-    state: str
-    reason: str
-    target: str
-    counts: Counts
-    providers: tuple[str, ...] = ()
-    missing_providers: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True, slots=True)
-class Status:
-    """A device at a moment. `poll` None: this process does not update the directory, another may."""
-
-    device: str
-    server: str
-    sdk: str
-    updates: bool
-    poll: PollState | None
-    models: Mapping[str, ModelStatus]
-    events_waiting: int = 0
-    samples_waiting: Mapping[str, int] = field(default_factory=dict)
-    samples_dropped: Mapping[str, int] = field(default_factory=dict)
-
-    def to_json(self) -> dict[str, Any]:
-        models = {name: {**asdict(each), "counts": each.counts.shown()} for name, each in self.models.items()}
-        return {**asdict(self), "models": models}

@@ -9,7 +9,6 @@ import json
 import logging
 import os
 from collections import deque
-from dataclasses import dataclass
 from pathlib import Path
 from threading import Lock
 
@@ -18,6 +17,7 @@ from device_sdk.errors import StorageError
 from device_sdk.protocol import limits
 from device_sdk.protocol.errors import ProtocolError
 from device_sdk.protocol.events import Event
+from device_sdk.protocol.frozen import frozen
 
 log = logging.getLogger("device_sdk")
 
@@ -26,7 +26,7 @@ _READ_LIMIT = 64 * limits.MIB
 _POST_BYTES = limits.EVENT_BODY // 2
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Pending:
     """The oldest events, few enough for one post, and how many were dropped since the last acknowledged one."""
 

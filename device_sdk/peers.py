@@ -16,7 +16,7 @@ import logging
 import os
 from collections import deque
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, field
 from pathlib import Path
 from secrets import token_hex
 
@@ -24,6 +24,7 @@ from device_sdk.config import read_plainly
 from device_sdk.counts import Counts, added
 from device_sdk.protocol import fields, limits
 from device_sdk.protocol.errors import ProtocolError
+from device_sdk.protocol.frozen import frozen
 from device_sdk.protocol.names import check_sha256
 
 log = logging.getLogger("device_sdk")
@@ -33,7 +34,7 @@ _LIMIT = 256 * limits.KIB
 _TEXT = 500
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Served:
     """What the updater runs of one model. `stopped`: why it decided on nothing; `rate`: of samples, that it keeps."""
 
@@ -54,7 +55,7 @@ class Served:
         )
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Seen:
     """What one follower saw of one release. `failure`: the code by which it did not load there."""
 

@@ -2,10 +2,10 @@
 
 import contextlib
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 from device_sdk.protocol import limits
+from device_sdk.protocol.frozen import frozen
 from device_sdk.protocol.manifest import Manifest
 
 SLACK = 256 * limits.MIB  # arenas grow in powers of two
@@ -13,7 +13,7 @@ UNSAID = 768 * limits.MIB  # what a release may take whose manifest says nothing
 _MARGIN = 64 * limits.MIB  # that `auto` leaves to the rest of the device
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Rules:
     """`memory` in bytes beyond an empty interpreter, 0: by the manifest. `seconds`: for loading and for all calls."""
 
@@ -26,7 +26,7 @@ class Rules:
         return min(most, SLACK + budget) if budget else most
 
 
-@dataclass(frozen=True)
+@frozen
 class Swap:
     """How a release takes another's place. `how`: `beside` it, `unload-first`, or `auto`: by the memory that is free.
 

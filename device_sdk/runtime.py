@@ -5,7 +5,6 @@ import ctypes
 import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ import numpy as np
 import onnxruntime
 
 from device_sdk.errors import ModelError, first_line
+from device_sdk.protocol.frozen import frozen
 from device_sdk.protocol.manifest import Manifest
 from device_sdk.protocol.versions import older
 from device_sdk.schema import DTYPES, Schema, check_signed, mismatch, specs_of
@@ -29,7 +29,7 @@ MEMORY_LIMIT = "memory_limit"  # the code of a release that asked for more memor
 _STARVED = ("bad_alloc", "Failed to allocate memory", "AllocateRawInternal", "Cannot allocate memory", "MemoryError")
 
 
-@dataclass(frozen=True)
+@frozen
 class RuntimeOptions:
     """How sessions are made. `session_options` is called for each session, so that none is shared."""
 

@@ -1,9 +1,10 @@
 """Which inferences are kept, with what probability, and when they may travel. Pure: chance and time are arguments."""
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 from device_sdk.protocol.assignment import DAY_MINUTES, Sampling, Window
 from device_sdk.protocol.cohorts import jitter
+from device_sdk.protocol.frozen import frozen
 
 
 def decide(chance: float, rate: float) -> bool:
@@ -11,7 +12,7 @@ def decide(chance: float, rate: float) -> bool:
     return chance < rate
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Reservoir:
     """Algorithm R over the inferences offered since the last upload: `kept` of `seen`, each with the same chance.
 

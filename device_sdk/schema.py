@@ -1,12 +1,12 @@
 """What a release takes and gives, by its session's own account; checked against what was signed, and against calls."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from device_sdk.errors import ModelError
+from device_sdk.protocol.frozen import frozen
 from device_sdk.protocol.manifest import TensorSpec
 
 DTYPES = {
@@ -15,7 +15,7 @@ DTYPES = {
 }  # fmt: skip
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Schema:
     """What a session takes and gives, by its own account."""
 

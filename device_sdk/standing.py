@@ -11,7 +11,6 @@ import json
 import logging
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,7 @@ from device_sdk.install import Verified
 from device_sdk.protocol import fields, limits
 from device_sdk.protocol.assignment import Assignment
 from device_sdk.protocol.errors import ProtocolError
+from device_sdk.protocol.frozen import frozen
 from device_sdk.protocol.manifest import Manifest, digest
 from device_sdk.protocol.names import check_sha256
 
@@ -29,7 +29,7 @@ _LIMIT = 16 * limits.MIB
 _LISTED = 1_000_000
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Remembered:
     """Stands for what trust vouched for in an earlier process. Has no manifest: it must not be installed."""
 
@@ -39,7 +39,7 @@ class Remembered:
     manifest_bytes: bytes | None = None
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Standing:
     """Every model's; what a view has, as far as a start needs it."""
 

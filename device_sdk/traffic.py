@@ -9,7 +9,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import field
 from datetime import date
 from pathlib import Path
 
@@ -17,6 +17,7 @@ from device_sdk.config import read_plainly, write_durably
 from device_sdk.errors import DeviceError, StorageError
 from device_sdk.protocol import fields, limits
 from device_sdk.protocol.errors import ProtocolError
+from device_sdk.protocol.frozen import frozen
 
 log = logging.getLogger("device_sdk")
 
@@ -35,7 +36,7 @@ class BudgetError(DeviceError):
     code = "budget"
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Limits:
     """Zero: none."""
 
@@ -54,7 +55,7 @@ def _smaller(one: int, other: int) -> int:
 NO_LIMITS = Limits()
 
 
-@dataclass(frozen=True)
+@frozen
 class Clock:
     """`today`: the device's local day. `wait` may return early; `monotonic` says how long it was."""
 
@@ -171,3 +172,9 @@ def _read(path: Path) -> dict[str, int]:
     except (OSError, ProtocolError, ValueError) as error:
         log.warning("%s was lost: %s", path, error)
         return {}
+
+
+def local_second_of_day() -> float:
+    """Seconds since midnight by the device's local clock."""
+    now = time.localtime()
+    return now.tm_hour * 3600.0 + now.tm_min * 60.0 + now.tm_sec

@@ -4,7 +4,7 @@ Pure: no IO, no clock, no randomness. `install.py` does what the states say and 
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import field, replace
 from enum import StrEnum
 
 from device_sdk.comparison import Compared, compare, is_asked, is_worth_waiting
@@ -12,6 +12,7 @@ from device_sdk.counts import Counts
 from device_sdk.protocol import events
 from device_sdk.protocol.assignment import Probation
 from device_sdk.protocol.cohorts import jitter
+from device_sdk.protocol.frozen import frozen
 from device_sdk.protocol.names import ReleasePath
 
 EARLY_CALLS = 5  # a probation may be failed after so many calls, it need not wait for all of them
@@ -129,7 +130,7 @@ def step(state: State, signal: Signal) -> State:
     return TRANSITIONS[key]
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Progress:
     """Where one model stands, and about which release; what is persisted and reported at each transition.
 
@@ -171,7 +172,7 @@ class Progress:
         )  # fmt: skip
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Verdict:
     """The end of a probation: HEALTHY or UNHEALTHY, and why. `detail`: how it compared with the release before."""
 

@@ -5,7 +5,6 @@ Batches keep to a rate and to a daily budget, as downloads do; announcements, of
 """
 
 import logging
-import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from io import FileIO
@@ -183,9 +182,3 @@ class _Counted(FileIO):
         data = super().read(-1 if size is None else size)
         self._traffic.took(len(data), self._go_on)
         return data
-
-
-def local_second_of_day() -> float:
-    """Seconds since midnight by the device's local clock."""
-    now = time.localtime()
-    return now.tm_hour * 3600.0 + now.tm_min * 60.0 + now.tm_sec

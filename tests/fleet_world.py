@@ -14,9 +14,10 @@ from django.test import Client
 from django.utils import timezone
 
 from device_sdk.protocol import polls
-from device_sdk.protocol.events import Event, EventPost
+from device_sdk.protocol.events import Event
 from device_sdk.protocol.names import ReleasePath
 from device_sdk.protocol.polls import Tag, running_digest
+from device_sdk.protocol.posts import EventPost
 from fleet.accounts.services import OPERATORS, VIEWERS, create_token
 from fleet.devices import credentials, selection
 from fleet.devices.models import Device, EnrolmentToken, Group, RunningSet

@@ -1,10 +1,11 @@
 """The assignment: what the director's signed entry tells one device about one model."""
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, field
 from typing import Any
 
 from device_sdk.protocol import fields
 from device_sdk.protocol.errors import ProtocolError
+from device_sdk.protocol.frozen import frozen
 from device_sdk.protocol.names import ReleasePath, check_model, check_sha256
 
 DAY_MINUTES = 24 * 60
@@ -15,7 +16,7 @@ LONGEST_HOLD = 365 * 86_400  # seconds
 MAX_HOLD = 86_400  # seconds for which a program may put off an activation, where the assignment says nothing
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Window:
     """Minutes of the device's local day, `start` included, `end` excluded; `start > end` passes over midnight."""
 
@@ -41,7 +42,7 @@ class Window:
 ALWAYS = Window(0, 0)
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Conditions:
     """What an update waits for beside its window, and what it may use; zero and False ask for nothing.
 
@@ -76,7 +77,7 @@ CONDITION_FLAGS = ("unmetered", "charging", "idle")
 CONDITION_SIZES = ("free_disk", "free_memory", "rate", "daily")
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Probation:
     """How long a new release is watched, and what ends it. Rates are fractions of calls.
 
@@ -122,7 +123,7 @@ class Probation:
 COMPARED = {"max_slowdown": (1.0, 1_000.0), "max_confidence_drop": (0.0, 1.0), "max_class_shift": (0.0, 1.0)}
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Sampling:
     """A campaign as the device obeys it: keep each input with probability `rate`, upload in `window`."""
 
@@ -149,7 +150,7 @@ class Sampling:
         )
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Assignment:
     """One model of one device. `release` None: nothing to install, keep what runs; with `stop`, run nothing.
 

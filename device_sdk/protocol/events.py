@@ -2,14 +2,13 @@
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import field
 from typing import Any
 
 from device_sdk.protocol import fields, limits
-from device_sdk.protocol.abilities import UNSAID, Abilities
 from device_sdk.protocol.errors import ProtocolError
+from device_sdk.protocol.frozen import frozen
 from device_sdk.protocol.names import ReleasePath
-from device_sdk.protocol.polls import check_runs
 
 # A model's lifecycle on the device, in the words of the transition table.
 WAITING, DOWNLOADING, VERIFYING, TESTING = "waiting", "downloading", "verifying", "testing"
@@ -31,7 +30,7 @@ LARGEST = 1e300
 _ID = re.compile(r"[0-9a-f]{32}")
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Event:
     """`at` in unix seconds by the device's clock; `release` None where the event is about no release."""
 
@@ -74,37 +73,6 @@ class Event:
             rollout=fields.take_text(item, "rollout", limit=64, default=""),
             reason=fields.take_text(item, "reason", limit=limits.REASON_CHARS, default=""),
             detail=_detail(item),
-        )
-
-
-@dataclass(frozen=True, slots=True)
-class EventPost:
-    """One post: new events, what the device runs and can run now, and what it had to drop since the last accepted."""
-
-    events: tuple[Event, ...]
-    runs: Mapping[str, str]
-    sdk: str
-    dropped: int = 0
-    abilities: Abilities = UNSAID
-
-    def to_json(self) -> dict[str, Any]:
-        said = {"abilities": self.abilities.to_json()} if self.abilities != UNSAID else {}
-        return {
-            "events": [event.to_json() for event in self.events],
-            "runs": dict(self.runs),
-            "sdk": self.sdk,
-            "dropped": self.dropped,
-        } | said
-
-    @classmethod
-    def parse(cls, data: bytes) -> "EventPost":
-        item = fields.parse_object(data, limit=limits.EVENT_BODY, what="events")
-        return cls(
-            events=tuple(Event.parse(e) for e in fields.take_list(item, "events", limit=limits.EVENTS_PER_POST)),
-            runs=check_runs(item.get("runs")),
-            sdk=fields.take_text(item, "sdk", limit=32, default=""),
-            dropped=fields.take_int(item, "dropped", high=2**40, default=0),
-            abilities=Abilities.parse(item.get("abilities", {})),
         )
 
 

@@ -4,12 +4,13 @@ Everything else hangs on it by sha256: a release is often `model.onnx` with `mod
 """
 
 from collections.abc import Collection, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, field
 from hashlib import sha256
 from typing import Any
 
 from device_sdk.protocol import fields, limits
 from device_sdk.protocol.errors import ProtocolError
+from device_sdk.protocol.frozen import frozen
 from device_sdk.protocol.names import ReleasePath, check_file_name, check_name, check_sha256
 from device_sdk.protocol.scores import Scores
 
@@ -19,7 +20,7 @@ ATTACHMENT_KINDS = (MODEL_SIGNATURE, ML_BOM, PROVENANCE)  # those that a server 
 _PATH = ("model", "version", "variant")
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class FileEntry:
     """One file of a variant. `length` in bytes."""
 
@@ -37,7 +38,7 @@ class FileEntry:
         )
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Attachment:
     """What is said about a variant, in a file of its own. Covered by CI's signature, kept by the server only."""
 
@@ -57,7 +58,7 @@ class Attachment:
         )
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class TensorSpec:
     """An input or output. `shape` holds a size, a symbolic name, or None where unknown."""
 
@@ -82,7 +83,7 @@ class TensorSpec:
         return {"name": self.name, "dtype": self.dtype, "shape": list(self.shape)}
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Requirements:
     """Floors below which a device cannot run the variant. Empty text, 0 and none mean: no floor.
 
@@ -118,7 +119,7 @@ class Requirements:
         )
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Manifest:
     path: ReleasePath
     files: tuple[FileEntry, ...]

@@ -1,16 +1,17 @@
 """Which output of a model holds its scores, so that devices can look at confidence and class mix."""
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from typing import Any
 
 from device_sdk.protocol import fields
 from device_sdk.protocol.errors import ProtocolError
+from device_sdk.protocol.frozen import frozen
 
 PROBABILITIES, LOGITS, LABELS = "probabilities", "logits", "labels"
 KINDS = (PROBABILITIES, LOGITS, LABELS)
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Scores:
     """`output`: a tensor's name. `kind`: `probabilities` or `logits` of the classes along its last axis (one alone:
     of the class 1 against 0), or `labels`: the classes themselves, as whole numbers.

@@ -7,8 +7,8 @@ from django.urls import path
 
 from device_sdk.protocol import fields, limits, polls
 from device_sdk.protocol.errors import ProtocolError
-from device_sdk.protocol.events import EventPost
 from device_sdk.protocol.polls import EnrolRequest, Tag, running_digest
+from device_sdk.protocol.posts import EventPost
 from fleet.accounts import limits as door
 from fleet.api import composition
 from fleet.api.device_auth import allow, device_view, open_view, read_body

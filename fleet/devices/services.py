@@ -17,9 +17,10 @@ from django.utils import timezone
 from device_sdk.protocol import events
 from device_sdk.protocol.abilities import UNSAID
 from device_sdk.protocol.errors import ProtocolError
-from device_sdk.protocol.events import HEALTH, Event, EventPost
+from device_sdk.protocol.events import HEALTH, Event
 from device_sdk.protocol.names import check_model, check_name
 from device_sdk.protocol.polls import EnrolRequest, check_labels, running_digest
+from device_sdk.protocol.posts import EventPost
 from fleet.audit.context import DEVICE, Acting
 from fleet.audit.services import record
 from fleet.devices import changes, credentials, selection, selectors

@@ -11,9 +11,10 @@ import pytest
 import requests
 
 from device_sdk.protocol import events
-from device_sdk.protocol.events import Event, EventPost
+from device_sdk.protocol.events import Event
 from device_sdk.protocol.names import ReleasePath
 from device_sdk.protocol.polls import EVENTS
+from device_sdk.protocol.posts import EventPost
 from tests.attacks.world import Shop
 from tests.live import KNOWN
 

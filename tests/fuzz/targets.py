@@ -34,12 +34,13 @@ from device_sdk.protocol.arrays.archive import opened, packed
 from device_sdk.protocol.assignment import Assignment, Probation, Sampling, Window
 from device_sdk.protocol.batches import BatchHead, BatchIndex, SampleEntry
 from device_sdk.protocol.errors import ProtocolError
-from device_sdk.protocol.events import Event, EventPost
+from device_sdk.protocol.events import Event
 from device_sdk.protocol.manifest import FileEntry, Manifest, Requirements, TensorSpec, digest
 from device_sdk.protocol.names import ReleasePath
 from device_sdk.protocol.patches.frames import HEAD_BYTES, Head
 from device_sdk.protocol.patches.offers import PatchOffer, offers_to_json, parse_offers
 from device_sdk.protocol.polls import Bundle, EnrolRequest, Tag
+from device_sdk.protocol.posts import EventPost
 from device_sdk.protocol.scores import KINDS, Scores
 from device_sdk.trust import Trust
 from device_sdk.updater import judge

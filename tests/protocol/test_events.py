@@ -7,8 +7,9 @@ from hypothesis import strategies as st
 
 from device_sdk.protocol import limits
 from device_sdk.protocol.errors import ProtocolError
-from device_sdk.protocol.events import DETAIL_KEYS, KINDS, Event, EventPost
+from device_sdk.protocol.events import DETAIL_KEYS, KINDS, Event
 from device_sdk.protocol.names import ReleasePath
+from device_sdk.protocol.posts import EventPost
 
 ids = st.from_regex(r"[0-9a-f]{32}", fullmatch=True)
 names = st.from_regex(r"m[a-z0-9]{0,10}", fullmatch=True)

@@ -335,3 +335,22 @@ def test_a_bad_mark_outlives_its_release(home, store):
     store.collect_garbage()
     assert not store.has(NEW_SHA)
     assert Store(home).is_bad(NEW_SHA)
+
+
+def test_removing_a_directory_takes_what_is_in_it_and_nothing_that_is_linked(tmp_path):
+    outside = tmp_path / "outside"
+    outside.mkdir()
+    (outside / "kept").write_bytes(b"x")
+    flat, nested, planted = (tmp_path / name for name in ("flat", "nested", "planted"))
+    flat.mkdir()
+    (flat / "link").symlink_to(outside / "kept")
+    (flat / "file").write_bytes(b"x")
+    (nested / "deep" / "deeper").mkdir(parents=True)
+    (nested / "deep" / "link").symlink_to(outside)
+    (nested / "file").write_bytes(b"x")
+    planted.symlink_to(outside)
+    for path in (flat, nested, planted, tmp_path / "nowhere"):
+        FileOps().remove_tree(path)
+    assert not flat.exists()
+    assert not nested.exists()
+    assert (outside / "kept").read_bytes() == b"x"

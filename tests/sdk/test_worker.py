@@ -10,9 +10,9 @@ import pytest
 
 from device_sdk.errors import TransferError, UnauthorizedError, UntrustedError
 from device_sdk.install import Clock
+from device_sdk.loop import Loop
 from device_sdk.protocol.assignment import Sampling
 from device_sdk.protocol.polls import EVENTS, POLL, running_digest
-from device_sdk.worker import Loop
 from tests.sdk.world import Server, World, X, answer, nan_emitting, scaling
 from tests.simulator import DAY, Simulator
 

@@ -16,10 +16,11 @@ from device_sdk.config import Home, Identity, Provision
 from device_sdk.errors import TransferError
 from device_sdk.install import Clock
 from device_sdk.protocol.assignment import Probation
-from device_sdk.protocol.events import Event, EventPost
+from device_sdk.protocol.events import Event
 from device_sdk.protocol.manifest import FileEntry, Manifest, TensorSpec, digest
 from device_sdk.protocol.names import ReleasePath
 from device_sdk.protocol.polls import Bundle, Tag
+from device_sdk.protocol.posts import EventPost
 from device_sdk.transport import Answer, StreamAnswer
 from tests.simulator import Simulator
 
