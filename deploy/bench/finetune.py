@@ -263,14 +263,14 @@ def to_onnx(w: Weights, shape: Shape, *, half: bool = False, note: Mapping[str, 
 def quantised(w: Weights, *, coarser: float = 1.0) -> Weights:
     """Symmetric int8 by column, named as onnxruntime's quantiser does. What is one-dimensional stays as it is.
 
-    `coarser`: how much larger the largest weight would be if there were outliers.
+    `coarser`: how many times larger the steps are than the column's largest weight asks for, as if it had an outlier.
     """
     found: Weights = {}
     for name, value in w.items():
         if value.ndim < 2:
             found[name] = value
             continue
-        scale = np.abs(value).max(axis=0) * np.float32(coarser / 127)
+        scale = np.abs(value).max(axis=0) / np.float32(127 / coarser)
         scale[scale == 0] = 1
         found[f"{name}{QUANTISED}"] = np.clip(np.rint(value / scale), -127, 127).astype(np.int8)
         found[f"{name}_scale"] = scale

@@ -31,5 +31,7 @@ Codecs: STORED; ZLIB (raw deflate); BZ2; LZMA (raw LZMA2, dictionary of at most 
 bytes that are mostly 0, 1 and 2: two planes of other codecs, first two bits of every byte (four to a byte, the lowest
 bits first, zeros after the last), in which 3 stands for a byte of the second plane, which has them in order.
 
+A decoder refuses what it does not know; the device then fetches the whole file. What is defined here stays.
+
 A patch carries no trust: what comes out counts only when it has the length and sha256 that are signed.
 """
