@@ -234,7 +234,7 @@ def test_a_bundle_that_was_changed_on_disk_is_not_used_and_is_fetched_again(worl
         assert caught.value.code == "hash_mismatch"
         assert (store.has(sha), store.has_all(sha)) == (True, False)
         world.server.calls.clear()
-        fleet._parts.fetch(store.manifest(sha), lambda *_: None)
+        fleet._parts.fetch(store.manifest(sha), "", lambda *_: None)
         assert [call for call in world.server.calls if "blobs" in call] == [f"GET {BLOBS}{entry.sha256}"]
         assert store.has_all(sha)
 
