@@ -1,6 +1,6 @@
 """What other tools make of the same two files: zstd, `zstd --patch-from`, xdelta3, bsdiff4. Used where installed.
 
-Debian has the first three (`apt install zstd xdelta3`), PyPI the last (`pip install bsdiff4`); nothing here needs them.
+Debian has the first three (`apt install zstd xdelta3`), the tests' packages hold the last; nothing here needs them.
 """
 
 import hashlib

@@ -9,6 +9,7 @@ A check that stands twice (tuf remembers versions, and so does our floor) is tak
 would rightly pass. `test_the_table.py` sees to it that the texts are still in the files.
 """
 
+import argparse
 import importlib.util
 import os
 import shutil
@@ -425,8 +426,11 @@ def judged(call: pytest.CallInfo[None], *, is_control: bool) -> tuple[str, str]:
 
 
 def main(arguments: Sequence[str]) -> int:
-    rows = [int(each) for each in arguments if each.isdigit()] or list(range(1, 41))
-    plugin = Plugin(rows, next((each for each in arguments if not each.isdigit()), ""))
+    parser = argparse.ArgumentParser(prog="python -m tests.attacks.mutants", description=(__doc__ or "").split(":")[0])
+    parser.add_argument("row", nargs="*", help="its number, or a part of a mutant's name; all 40 rows take a while")
+    given = parser.parse_args(arguments).row
+    rows = [int(each) for each in given if each.isdigit()] or list(range(1, 41))
+    plugin = Plugin(rows, next((each for each in given if not each.isdigit()), ""))
     os.environ.pop("PYTEST_ADDOPTS", None)
     options = ["-q", "--no-header", "--no-summary", "--tb=no", "-p", "no:cacheprovider"]
     pytest.main([*options, str(Path(__file__).parent)], plugins=[plugin])
