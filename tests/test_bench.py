@@ -16,7 +16,7 @@ from deploy.bench.report import page, split, written
 
 ROOT = Path(__file__).resolve().parent.parent
 EXPECTED = {
-    "wrapper": 3, "swap": 25, "plateau": 5, "startup": 10, "store": 2, "memory": 7, "delta": 16, "poll": 6,
+    "wrapper": 3, "swap": 25, "plateau": 5, "startup": 10, "store": 2, "memory": 7, "delta": 17, "poll": 6,
     "signing": 3, "wire": 4, "guards": 15, "fleet": 12,
 }  # fmt: skip
 

@@ -260,18 +260,45 @@ def to_onnx(w: Weights, shape: Shape, *, half: bool = False, note: Mapping[str, 
     return bytes(made.SerializeToString())
 
 
-def quantised(w: Weights) -> Weights:
-    """Symmetric int8 by column, named as onnxruntime's quantiser does. What is one-dimensional stays as it is."""
+def quantised(w: Weights, *, coarser: float = 1.0) -> Weights:
+    """Symmetric int8 by column, named as onnxruntime's quantiser does. What is one-dimensional stays as it is.
+
+    `coarser`: how much larger the largest weight would be if there were outliers.
+    """
     found: Weights = {}
     for name, value in w.items():
         if value.ndim < 2:
             found[name] = value
             continue
-        scale = np.abs(value).max(axis=0) / np.float32(127)
+        scale = np.abs(value).max(axis=0) * np.float32(coarser / 127)
         scale[scale == 0] = 1
         found[f"{name}{QUANTISED}"] = np.clip(np.rint(value / scale), -127, 127).astype(np.int8)
         found[f"{name}_scale"] = scale
     return found
+
+
+def rounding(old: Weights, new: Weights) -> float:
+    """Bytes that int8 of `new` costs whoever has int8 of `old`, and is told by how much each float changed.
+
+    What is left then is which way each value is rounded: its float lies anywhere between two halves, each place as
+    likely. No patch can do better in the mean, whatever its method, for it has to tell those changes too.
+    """
+    eights = [quantised(w) for w in (old, new)]
+    bits = 0.0
+    for name in old:
+        if f"{name}{QUANTISED}" not in eights[0]:
+            continue
+        (given, width), (_, step) = [(each[f"{name}{QUANTISED}"], each[f"{name}_scale"]) for each in eights]
+        low = ((given - np.float32(0.5)) * width + (new[name] - old[name])) / step
+        width = width / step
+        edge = np.rint(low)
+        for _ in range(3):
+            inside = np.minimum(low + width, edge + np.float32(0.5)) - np.maximum(low, edge - np.float32(0.5))
+            share = np.clip(inside / width, 1e-9, 1)
+            share[np.abs(given) == 127] = 1  # it is the column's largest, and known
+            bits -= float((share * np.log2(share)).sum(dtype=np.float64))
+            edge += 1
+    return bits / 8
 
 
 def _dequantised(name: str) -> onnx.NodeProto:

@@ -53,7 +53,7 @@ from fleet.releases import bom, model_signing, onnx_probe
 from fleet.releases.model_signing import State
 from fleet.trust import offline, repository
 from tests.deltas import pieces
-from tests.protocol.test_patches import OLD, golden
+from tests.protocol.test_patches import OLD, RICH, golden, golden_quarters
 from tests.registry import external_model, onnx_model
 from tests.server.batch_world import pack, sample
 from tests.simulator import START, Simulator, signer
@@ -550,7 +550,7 @@ BOM = {
 SIGNATURES = Path(__file__).parents[1] / "server" / "model_sigs"
 
 TARGETS = (
-    Target("patch", run_patch, lambda: [golden()[0]], is_json=False),
+    Target("patch", run_patch, lambda: [golden()[0], golden_quarters()[0], RICH], is_json=False),
     Target("patch-offers", run_offers, lambda: [dumped(offers_to_json([PatchOffer("ab" * 32, "cd" * 32, 9)]))]),
     Target("selector", run_selector, lambda: [text.encode() for text in SELECTORS], errors=(Invalid,), is_json=False),
     Target("bom", run_bom, lambda: [dumped(BOM)], errors=(Invalid,)),

@@ -42,8 +42,23 @@ def golden() -> tuple[bytes, bytes]:
     return bytes.fromhex(text), target
 
 
+def golden_quarters() -> tuple[bytes, bytes]:
+    """The same for the codec QUARTERS: 21 bytes, of which two need more than two bits."""
+    target = bytes([0, 1, 2, 0, 3, 2, 0, 255, 1]) + bytes(12)
+    text = (
+        "464c45455450310a" + sha(b"") + "0000000000000000" + sha(target) + "1500000000000000"
+        "01000000" "17000000" "1500000000000000" "0000000000000000"  # LITERAL of 21 bytes
+        "0512000000" "0006000000" "24cb01000000" "0002000000" "03ff"  # 0 1 2 0, 3 2 0 3, 1, zeros; then 3 and 255
+    )  # fmt: skip
+    return bytes.fromhex(text), target
+
+
 def run(patch: bytes, base: bytes, target: bytes) -> bytes:
     return b"".join(pieces(patch, base, sha(target), len(target)))
+
+
+def quarters(few: bytes, large: bytes, codec: Codec = Codec.STORED) -> bytes:
+    return plane(plane(few, codec) + plane(large), Codec.QUARTERS)
 
 
 def plane(data: bytes, codec: Codec = Codec.STORED) -> bytes:
@@ -72,6 +87,11 @@ def test_the_golden_patch_gives_what_the_description_says() -> None:
     assert len(patch) == HEAD_BYTES + 3 * FRAME_BYTES + 8 + 22
 
 
+def test_the_golden_patch_in_quarters_gives_what_the_description_says() -> None:
+    patch, target = golden_quarters()
+    assert run(patch, b"", target) == target
+
+
 # --- every operation ---
 
 
@@ -88,6 +108,15 @@ def test_the_golden_patch_gives_what_the_description_says() -> None:
 def test_literals_of_every_codec(codec: Codec, pack: Any, size: int) -> None:
     target = bytes(value & 3 for value in random.Random(size).randbytes(size))
     assert run(made(b"", target, frame(Operation.LITERAL, size, plane(pack(target), codec))), b"", target) == target
+
+
+@settings(max_examples=100, deadline=None)
+@given(data=st.binary(max_size=40) | st.lists(st.integers(0, 3), min_size=30, max_size=200).map(bytes))
+def test_quarters_come_back_as_they_went(data: bytes) -> None:
+    few, large = arithmetic.quarter(data)
+    packed = quarters(few, large)
+    if len(packed) <= planes.PLANE_BYTES + len(data):  # else no encoder would take them
+        assert planes.unpack(memoryview(packed), count=1, size=len(data)) == [data]
 
 
 @pytest.mark.parametrize("kind", list(Kind))
@@ -211,6 +240,28 @@ def test_refused_by_name(name: str) -> None:
     assert message in refused(start + body)
 
 
+BAD_QUARTERS = {
+    "nothing": (plane(b"", Codec.QUARTERS), "a plane is missing"),
+    "without the large values": (plane(plane(bytes(7)), Codec.QUARTERS), "a plane is missing"),
+    "with something after them": (plane(plane(bytes(7)) + plane(b"") + b"\0", Codec.QUARTERS), "after the last plane"),
+    "of quarters": (plane(plane(b"", Codec.QUARTERS) + plane(b""), Codec.QUARTERS), "quarters of quarters"),
+    "whose large values are quarters": (
+        plane(plane(bytes(7)) + plane(b"", Codec.QUARTERS), Codec.QUARTERS), "quarters of quarters",
+    ),
+    "of too few bytes": (quarters(bytes(6), b""), "expected 7 bytes; got 6"),
+    "of too many bytes": (quarters(bytes(8), b""), "expected 7 bytes; got 8"),
+    "of a value after the last": (quarters(bytes(6) + b"\x10", b""), "more than 26 values"),
+    "with more large values than they say": (quarters(b"\3" + bytes(6), b"\7\7"), "expected 1 bytes; got 2"),
+    "with fewer large values than they say": (quarters(b"\x0f" + bytes(6), b"\7"), "expected 2 bytes; got 1"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BAD_QUARTERS)
+def test_quarters_refused_by_name(name: str) -> None:
+    payload, message = BAD_QUARTERS[name]
+    assert message in refused(head(OLD, 26, sha(b"?")) + frame(Operation.LITERAL, 26, payload), length=26)
+
+
 def test_lengths_beyond_any_artifact_are_refused() -> None:
     patch = Head(sha(OLD), 2**60, sha(b"?"), 2**60).to_bytes()
     assert f"at most {limits.ARTIFACT}" in refused(patch, length=2**60)
@@ -226,6 +277,8 @@ def bomb(codec: Codec) -> bytes:
         return zlib.compress(bytes(16 * MAX_FRAME), 9, wbits=-15)
     if codec is Codec.BZ2:
         return bz2.compress(bytes(16 * MAX_FRAME))
+    if codec is Codec.QUARTERS:
+        return plane(bomb(Codec.ZLIB), Codec.ZLIB) + plane(bomb(Codec.ZLIB), Codec.ZLIB)
     return lzma.compress(bytes(16 * MAX_FRAME), lzma.FORMAT_RAW, filters=planes.lzma_filters())
 
 
@@ -239,7 +292,7 @@ def peak_of(patch: bytes, length: int) -> tuple[str, int]:
         tracemalloc.stop()
 
 
-@pytest.mark.parametrize("codec", [Codec.ZLIB, Codec.BZ2, Codec.LZMA])
+@pytest.mark.parametrize("codec", [Codec.ZLIB, Codec.BZ2, Codec.LZMA, Codec.QUARTERS])
 @pytest.mark.parametrize("length", [64, MAX_FRAME])
 def test_row_29_a_plane_that_unfolds_to_16_mib_is_stopped_within_a_frame(codec: Codec, length: int) -> None:
     packed = bomb(codec)
@@ -292,6 +345,7 @@ def rich() -> tuple[bytes, bytes]:
         frame(Operation.LITERAL, 64, plane(zipped, Codec.ZLIB)),
         frame(Operation.LITERAL, 64, plane(bz2.compress(bytes(64)), Codec.BZ2)),
         frame(Operation.LITERAL, 64, plane(packed, Codec.LZMA)),
+        frame(Operation.LITERAL, 64, quarters(bytes(range(0, 160, 10)), bytes(range(7)))),
         frame(Operation.SUBTRACT, 64, four, kind=Kind.F32, offset=3),
         frame(Operation.PLANES, 64, four, kind=Kind.I32),
         frame(Operation.HALF, 32, plane(bytes(16)) + plane(bytes(16)), kind=Kind.F16, offset=5),
@@ -299,7 +353,7 @@ def rich() -> tuple[bytes, bytes]:
         frame(Operation.QUANTISE, 32, FIRST.pack(7) + plane(bytes(32)), kind=Kind.I8, offset=9),
         frame(Operation.COPY, 100, offset=1),
     ]
-    length = 64 * 5 + 32 + 32 + 100
+    length = 64 * 6 + 32 + 32 + 100
     return head(OLD, length, sha(b"?")) + b"".join(frames), length.to_bytes(4, "big")
 
 

@@ -70,8 +70,8 @@ assert said == [[], [2.0], []], said
 """,
     "a_child_whose_parent_was_in_the_middle_of_everything_is_not_stuck": """
 fleet.start()
-held = [fleet._restoring, fleet._store._lock, fleet._journal._lock, fleet._outbox._lock, fleet._opening,
-        model._slot.current.stats._lock, fleet._worker._installing, fleet._worker.spool._lock]
+held = [fleet._worker._installing, fleet._restoring, fleet._store._lock, fleet._journal._lock, fleet._outbox._lock,
+        fleet._opening, model._slot.current.stats._lock, fleet._worker.spool._lock]  # in the order of the SDK's threads
 def hold():
     for lock in held: lock.acquire()
     ready.set()

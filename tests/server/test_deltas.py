@@ -97,6 +97,15 @@ def test_int8_against_int8_costs_what_changed(tmp_path: Any) -> None:
     assert share(patched(tmp_path, {"model.onnx": model(old)}, {"model.onnx": target}), target) < 8
 
 
+def test_few_small_differences_cost_little_more_than_what_is_in_them(tmp_path: Any) -> None:
+    """One weight in eight moves by one: 0.67 bits a weight. Codes for whole bytes take one bit at the least."""
+    random = np.random.default_rng(4)
+    old = random.integers(-100, 100, 300_000, np.int8)
+    new = old + (random.random(old.size) < 1 / 8) * random.choice(np.array([-1, 1], np.int8), old.size)
+    target = model({"w": new})
+    assert share(patched(tmp_path, {"model.onnx": model({"w": old})}, {"model.onnx": target}), target) < 9
+
+
 def test_a_full_float32_download_is_less_in_planes(tmp_path: Any) -> None:
     target = model(BASE)
     assert share(patched(tmp_path, None, {"model.onnx": target}), target) < 86

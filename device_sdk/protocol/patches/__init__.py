@@ -27,7 +27,9 @@ the scales that the last TABLE set.
 Order-keeping integers: floats have their sign bit turned where it is 0, and all bits where it is 1; integers stay as
 they are. Sums and differences wrap around. float16, bfloat16 alike: they are sorted by the same rule.
 
-Codecs: STORED; ZLIB (raw deflate); BZ2; LZMA (raw LZMA2, dictionary of at most 1 MiB); ZEROS (`size` 0).
+Codecs: STORED; ZLIB (raw deflate); BZ2; LZMA (raw LZMA2, dictionary of at most 1 MiB); ZEROS (`size` 0); QUARTERS, for
+bytes that are mostly 0, 1 and 2: two planes of other codecs, first two bits of every byte (four to a byte, the lowest
+bits first, zeros after the last), in which 3 stands for a byte of the second plane, which has them in order.
 
 A patch carries no trust: what comes out counts only when it has the length and sha256 that are signed.
 """

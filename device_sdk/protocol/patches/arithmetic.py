@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from device_sdk.protocol.patches.frames import Kind
 
 Array = NDArray[Any]
+QUARTERS, ABOVE = 4, 3  # values in a byte of two bits each; what stands for those that need more
 _LIMITS = {Kind.U8: (0.0, 255.0), Kind.I8: (-128.0, 127.0)}
 
 
@@ -25,7 +26,10 @@ def subtract(new: Array, old: Array, kind: Kind) -> Array:
 
 
 def add(differences: Array, old: Array, kind: Kind) -> Array:
-    return _unordered(_ordered(old, kind) + _unzigzag(differences), kind)
+    """Uses up `differences`."""
+    result = _unzigzag(differences)
+    result += _ordered(old, kind)
+    return _unordered(result, kind)
 
 
 def turn(new: Array, kind: Kind) -> Array:
@@ -51,6 +55,32 @@ def join(planes: Sequence[bytes], kind: Kind) -> Array:
     return grid.reshape(-1).view(f"<u{kind.width}")
 
 
+def quarter(plane: bytes) -> tuple[bytes, bytes]:
+    """Values up to 2 in two bits each, four to a byte and the lowest bits first; and, in order, those above."""
+    items = octets(plane)
+    few = np.zeros((-(-len(items) // QUARTERS), QUARTERS), np.uint8)
+    np.minimum(items, ABOVE, out=few.reshape(-1)[: len(items)])
+    packed = few[:, 0] | (few[:, 1] << 2) | (few[:, 2] << 4) | (few[:, 3] << 6)
+    return packed.tobytes(), items[items >= ABOVE].tobytes()
+
+
+def unquarter(packed: bytes) -> Array:
+    """Two bits of each value: 0 to 2, or ABOVE."""
+    items = octets(packed)
+    few = np.empty((len(items), QUARTERS), np.uint8)
+    for place in range(QUARTERS):
+        few[:, place] = (items >> (2 * place)) & 3
+    return few.reshape(-1)
+
+
+def octets(data: bytes) -> Array:
+    return np.frombuffer(data, np.uint8)
+
+
+def count(chosen: Array) -> int:
+    return int(np.count_nonzero(chosen))
+
+
 def half(old: bytes) -> Array:
     """float32 to float16 as both sides do it, as unsigned integers."""
     with np.errstate(all="ignore"):
@@ -63,10 +93,12 @@ def quantise(old: bytes, kind: Kind, scales: Array, zeros: Array, *, first: int,
     low, high = _LIMITS[kind]
     channel = _channels(len(source), len(scales), first, stride)
     with np.errstate(all="ignore"):
-        found = np.rint(source / scales[channel]) + zeros[channel]
-        rounded = np.clip(np.nan_to_num(found), low, high).astype(np.int16)
-    result: Array = rounded.astype(np.uint8)
-    return result
+        found: Array = source / scales[channel]
+        np.rint(found, out=found)
+        found += zeros[channel]
+    np.clip(found, low, high, out=found)
+    found[np.isnan(found)] = 0
+    return found.astype(np.int16).astype(np.uint8)
 
 
 def table(data: bytes) -> tuple[Array, Array]:
@@ -78,8 +110,11 @@ def table(data: bytes) -> tuple[Array, Array]:
 def _channels(count: int, channels: int, first: int, stride: int) -> Any:
     if channels == 1:
         return slice(0, 1)
-    numbers = np.arange(count, dtype=np.uint64) + np.uint64(first)
-    return (numbers // np.uint64(stride)) % np.uint64(channels)
+    numbers = np.arange(first, first + count, dtype=np.uint64)
+    if stride > 1:
+        numbers //= np.uint64(stride)
+    numbers %= np.uint64(channels)
+    return numbers.view(np.int64)
 
 
 def _top(kind: Kind) -> int:
@@ -88,21 +123,27 @@ def _top(kind: Kind) -> int:
 
 def _sign(items: Array, kind: Kind) -> Array:
     """All bits set where the highest is, else none."""
-    return (items.view(f"<i{kind.width}") >> _top(kind)).view(items.dtype)
+    result: Array = (items.view(f"<i{kind.width}") >> _top(kind)).view(items.dtype)
+    return result
 
 
 def _ordered(items: Array, kind: Kind) -> Array:
     if not kind.is_float:
         return items
-    result: Array = items ^ (_sign(items, kind) | items.dtype.type(1 << _top(kind)))
+    result = _sign(items, kind)
+    result |= items.dtype.type(1 << _top(kind))
+    result ^= items
     return result
 
 
 def _unordered(items: Array, kind: Kind) -> Array:
-    if not kind.is_float:
-        return items
-    result: Array = items ^ (~_sign(items, kind) | items.dtype.type(1 << _top(kind)))
-    return result
+    """In place."""
+    if kind.is_float:
+        mask = _sign(items, kind)
+        np.invert(mask, out=mask)
+        mask |= items.dtype.type(1 << _top(kind))
+        items ^= mask
+    return items
 
 
 def _zigzag(items: Array, kind: Kind) -> Array:
@@ -111,5 +152,9 @@ def _zigzag(items: Array, kind: Kind) -> Array:
 
 
 def _unzigzag(items: Array) -> Array:
-    result: Array = (items >> 1) ^ (~(items & 1) + items.dtype.type(1))
-    return result
+    """In place."""
+    sign = items & 1
+    np.negative(sign, out=sign)
+    items >>= 1
+    items ^= sign
+    return items

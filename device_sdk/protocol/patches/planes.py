@@ -20,6 +20,7 @@ class Codec(IntEnum):
     BZ2 = 2
     LZMA = 3
     ZEROS = 4
+    QUARTERS = 5
 
 
 class _Decompressor(Protocol):
@@ -63,6 +64,8 @@ def _read(payload: memoryview, count: int, size: int) -> Iterator[tuple[Codec, m
 
 
 def _decompress(codec: Codec, data: memoryview, size: int) -> bytes:
+    if codec is Codec.QUARTERS:
+        return _spread(data, size)
     if codec is Codec.ZEROS:
         if data:
             raise bad("a plane of zeros carries nothing")
@@ -71,6 +74,22 @@ def _decompress(codec: Codec, data: memoryview, size: int) -> bytes:
     if len(out) != size:
         raise bad(f"plane: expected {size} bytes; got {len(out)}")
     return out
+
+
+def _spread(data: memoryview, size: int) -> bytes:
+    """Two bits of every value, and the values that need more."""
+    from device_sdk.protocol.patches import arithmetic
+
+    (codec, quarters), (other, large) = _read(data, 2, size)
+    if Codec.QUARTERS in {codec, other}:
+        raise bad("quarters of quarters")
+    values = arithmetic.unquarter(_decompress(codec, quarters, -(-size // arithmetic.QUARTERS)))
+    if values[size:].any():
+        raise bad(f"quarters: more than {size} values")
+    values = values[:size]
+    above = values == arithmetic.ABOVE
+    values[above] = arithmetic.octets(_decompress(other, large, arithmetic.count(above)))
+    return values.tobytes()
 
 
 def _decompressor(codec: Codec) -> _Decompressor:

@@ -7,11 +7,11 @@ from collections.abc import Callable
 
 import numpy as np
 
-from device_sdk.protocol.patches import planes
+from device_sdk.protocol.patches import arithmetic, planes
 from device_sdk.protocol.patches.planes import Codec
 
 SAMPLE = 64 * 1024
-WORTH = 0.95  # a codec that is slow to read must be that much smaller
+WORTH, WORTH_QUARTERED = 0.9, 0.98  # bz2 and lzma are slow to read, and must be that much smaller than the others
 NOISE = 7.99  # bits a byte, above which nothing is tried
 _Packer = Callable[[bytes], bytes]
 
@@ -31,14 +31,28 @@ def _deflate(level: int, strategy: int) -> _Packer:
     return pack
 
 
-def _lzma(data: bytes) -> bytes:
-    choice = {"lc": 0, "lp": 0, "pb": 0, "mode": lzma.MODE_FAST, "mf": lzma.MF_HC4, "nice_len": 64, "depth": 8}
+def _lzma(mode: int, depth: int) -> _Packer:
+    choice = {"lc": 0, "lp": 0, "pb": 0, "mode": mode, "mf": lzma.MF_HC4, "nice_len": 64, "depth": depth}
     filters = planes.lzma_filters(**choice)
-    return lzma.compress(data, lzma.FORMAT_RAW, filters=filters)
+    return lambda data: lzma.compress(data, lzma.FORMAT_RAW, filters=filters)
 
 
-_FAST = ((Codec.ZLIB, _deflate(6, zlib.Z_DEFAULT_STRATEGY)), (Codec.ZLIB, _deflate(6, zlib.Z_HUFFMAN_ONLY)))
-_SLOW = ((Codec.BZ2, bz2.compress), (Codec.LZMA, _lzma))
+def _quartered(codec: Codec, pack: _Packer) -> tuple[Codec, _Packer]:
+    def quarter(data: bytes) -> bytes:
+        few, large = arithmetic.quarter(data)
+        rest = (planes.pack(Codec.STORED, large), planes.pack(Codec.ZLIB, _HUFFMAN(large)))
+        return planes.pack(codec, pack(few)) + min(rest, key=len)
+
+    return Codec.QUARTERS, quarter
+
+
+_DEFLATE, _HUFFMAN = _deflate(6, zlib.Z_DEFAULT_STRATEGY), _deflate(6, zlib.Z_HUFFMAN_ONLY)
+_FAST = ((Codec.ZLIB, _DEFLATE), (Codec.ZLIB, _HUFFMAN), _quartered(Codec.ZLIB, _DEFLATE))
+_QUARTERED = (_quartered(Codec.BZ2, bz2.compress), _quartered(Codec.LZMA, _lzma(lzma.MODE_NORMAL, 4)))
+_SLOW = ((Codec.BZ2, bz2.compress), (Codec.LZMA, _lzma(lzma.MODE_FAST, 8)))
+_CHOICES = [
+    (choice, worth) for some, worth in ((_FAST, 1.0), (_QUARTERED, WORTH_QUARTERED), (_SLOW, WORTH)) for choice in some
+]
 _STORE: tuple[Codec, _Packer] = (Codec.STORED, bytes)
 
 
@@ -72,10 +86,5 @@ def _middle(plane: bytes) -> bytes:
 
 
 def _try(sample: bytes) -> tuple[Codec, _Packer]:
-    best, least = _STORE, len(sample) * 1.0
-    for choices, worth in ((_FAST, 1.0), (_SLOW, WORTH)):
-        for codec, pack in choices:
-            size = len(pack(sample))
-            if size < least * worth:
-                best, least = (codec, pack), size
-    return best
+    costs = [(len(choice[1](sample)) / worth, choice) for choice, worth in _CHOICES]
+    return min([(len(sample) * 1.0, _STORE), *costs], key=lambda cost: cost[0])[1]
