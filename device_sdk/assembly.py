@@ -21,7 +21,7 @@ from device_sdk.traffic import Limits, Traffic
 
 if TYPE_CHECKING:
     from device_sdk.download import Fetched
-    from device_sdk.mirror import Mirror
+    from device_sdk.mirror import Mirrors
     from device_sdk.patching import Patcher
 
 
@@ -31,29 +31,28 @@ class Bringer:
     What downloads and patches are made of is imported with the first: a start serves without it.
     """
 
-    def __init__(
-        self, transport: Any, store: Store, journal: Journal, mirror: "Mirror | None", options: Options
-    ) -> None:
+    def __init__(self, transport: Any, store: Store, journal: Journal, mirrors: "Mirrors", options: Options) -> None:
         self._transport = transport
         self._store = store
         self._journal = journal
-        self._mirror = mirror
+        self._mirrors = mirrors
         self._seconds = options.download_seconds
         self._patcher: Patcher | None = None
 
-    def using(self, traffic: Traffic) -> "Callable[[Manifest, Callable[..., None]], Fetched]":
-        def bring(manifest: Manifest, on_progress: Callable[..., None]) -> "Fetched":
+    def using(self, traffic: Traffic) -> "Callable[[Manifest, str, Callable[..., None]], Fetched]":
+        def bring(manifest: Manifest, signed_mirror: str, on_progress: Callable[..., None]) -> "Fetched":
             from device_sdk.download import fetch
             from device_sdk.mirror import BAD_MIRROR
 
             model = manifest.path.model
             patcher = self._patches()
             patcher.on_refused = lambda error: self._note(model, error.code, error)
-            if self._mirror:
-                self._mirror.on_bad = lambda error: self._note(model, BAD_MIRROR, error)
+            mirror = self._mirrors.choose(signed_mirror)
+            if mirror:
+                mirror.on_bad = lambda error: self._note(model, BAD_MIRROR, error)
             return fetch(
                 self._transport, self._store, manifest, on_progress=on_progress, deadline=self._seconds,
-                patcher=patcher, traffic=traffic, mirror=self._mirror,
+                patcher=patcher, traffic=traffic, mirror=mirror,
             )  # fmt: skip
 
         return bring

@@ -39,7 +39,6 @@ from device_sdk.updater import State
 
 if TYPE_CHECKING:
     from device_sdk.loop import Loop
-    from device_sdk.mirror import Mirror
     from device_sdk.status import ModelStatus, Status
     from device_sdk.uploader import Report
     from device_sdk.worker import Worker
@@ -83,9 +82,9 @@ class Fleet:
         self._board = Board(home.peers)
         self._journal = Journal(home.path / "progress.json", None, now=options.clock.now)
         self._transport = options.transport or Deferred(self._make_transport)
-        self._mirror = self._open_mirror()
+        mirrors: Any = Deferred(self._make_mirrors) if options.mirror is None else self._make_mirrors()
         self._store = Store(home.store)
-        bringer = Bringer(self._transport, self._store, self._journal, self._mirror, options)
+        bringer = Bringer(self._transport, self._store, self._journal, mirrors, options)
         self._parts = make_parts(
             home, self._identity.device, options, store=self._store, journal=self._journal, bringer=bringer,
             tidy=self._tidy, writes=self._lock is not None, seen=self._board.seen, held=self._holds.reason,
@@ -304,14 +303,6 @@ class Fleet:
         worker.take_up(standing)
         return worker
 
-    def _open_mirror(self) -> "Mirror | None":
-        address = self._provision.mirror if self._options.mirror is None else self._options.mirror
-        if not address:
-            return None
-        from device_sdk.mirror import open_mirror
-
-        return open_mirror(address, stall_seconds=self._options.stall_seconds)
-
     def _abilities(self) -> Any:
         from device_sdk.abilities import detect
 
@@ -322,6 +313,12 @@ class Fleet:
 
         given, seconds = self._provision, self._options.stall_seconds
         return Transport(given.server, given.blob_hosts, self._identity.credential, stall_seconds=seconds)
+
+    def _make_mirrors(self) -> Any:
+        from device_sdk.mirror import Mirrors
+
+        options = self._options
+        return Mirrors(options.mirror, self._provision.mirror, stall_seconds=options.stall_seconds)
 
     def _make_trust(self) -> Any:
         from device_sdk.trust import Trust

@@ -32,7 +32,7 @@ from device_sdk.protocol.manifest import Manifest
 from device_sdk.protocol.versions import older
 from device_sdk.room import Rules, Swap
 from device_sdk.runtime import RuntimeOptions
-from device_sdk.slot import CHECK_EVERY, Gate, Loaded, Slot, told
+from device_sdk.slot import Gate, Loaded, Slot, told
 from device_sdk.store import LoadedFiles, Store
 from device_sdk.traffic import BudgetError, Limits, Traffic, local_second_of_day
 from device_sdk.updater import (
@@ -108,7 +108,7 @@ class Parts:
     sdk: str
     store: Store
     journal: Journal
-    fetch: Callable[[Manifest, Callable[..., None]], "Fetched"]
+    fetch: Callable[[Manifest, str, Callable[..., None]], "Fetched"]  # the mirror that the view names, progress
     probes: Probes
     traffic: Traffic
     ledger: Ledger
@@ -367,7 +367,7 @@ class Installer:
 
     def _settle(self, *, on_trial: bool) -> None:
         if self.slot.current:
-            self.slot.current.check_mask = 0 if on_trial else CHECK_EVERY - 1
+            self.slot.current.watch(each_call=on_trial)
         self.slot.alarm = self._parts.wake if on_trial else _nothing
         if not on_trial:
             self.slot.drop_previous(timeout=RETIRE_SECONDS)
@@ -648,7 +648,8 @@ class Installer:
         if sha != assignment.sha256:
             raise UntrustedError(f"manifest: expected {assignment.sha256}; got {sha}", code="hash_mismatch")
         self._began_at, self._brought = None, 0
-        fetched = Fetched() if self._store.has_all(sha) else self._parts.fetch(manifest, self._go_on)
+        has_all = self._store.has_all(sha)
+        fetched = Fetched() if has_all else self._parts.fetch(manifest, assignment.mirror, self._go_on)
         self._signal(Signal.DOWNLOADED, detail=fetched.detail())
         if hold := self._held(assignment):
             self._tell_once(Signal.HOLD, hold, held_at=self._held_at)
@@ -726,7 +727,7 @@ class Installer:
     # Probation
 
     def _serve(self, loaded: Loaded, *, on_trial: bool) -> None:
-        loaded.check_mask = 0 if on_trial else CHECK_EVERY - 1
+        loaded.watch(each_call=on_trial)
         self._since = self._parts.clock.monotonic()
         self._verdict = None
         self.slot.alarm = self._parts.wake if on_trial else _nothing
@@ -777,7 +778,7 @@ class Installer:
         self.note_counts()
         self._signal(Signal.HEALTHY, detail={**told(self.slot.current, counts, whole.seconds), **verdict.detail})
         if self.slot.current:
-            self.slot.current.check_mask = CHECK_EVERY - 1
+            self.slot.current.watch(each_call=False)
         self.slot.alarm = _nothing
         self.slot.drop_previous()
         self._parts.tidy()

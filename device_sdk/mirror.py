@@ -27,13 +27,33 @@ STALL_SECONDS = 10.0  # it is near: whoever is slower than this is no help
 SLOWEST = 16 * limits.KIB  # bytes a second
 
 
-def open_mirror(address: str, *, stall_seconds: float) -> "Mirror":
-    """Raises SetupError where the address is none."""
-    try:
-        check_address(address, "mirror")
-    except ProtocolError as error:
-        raise SetupError(error.message) from error
+class Mirrors:
+    """Which mirror is asked: the one that the host program names, else the signed view's, else the provisioned one.
 
+    `given` None: the program leaves it to the others; "": it wants none.
+    """
+
+    def __init__(self, given: str | None, provisioned: str, *, stall_seconds: float) -> None:
+        """Raises SetupError where the program's address is none."""
+        try:
+            self._given = check_address(given, "mirror") if given else given
+        except ProtocolError as error:
+            raise SetupError(error.message) from error
+        self._provisioned = provisioned
+        self._stall_seconds = stall_seconds
+        self._last: tuple[str, Mirror] | None = None
+
+    def choose(self, signed: str) -> "Mirror | None":
+        """`signed`: what the view names. The same mirror as before for the same address, with what is known of it."""
+        address = (signed or self._provisioned) if self._given is None else self._given
+        if not address:
+            return None
+        if self._last is None or self._last[0] != address:
+            self._last = (address, _open(address, self._stall_seconds))
+        return self._last[1]
+
+
+def _open(address: str, stall_seconds: float) -> "Mirror":
     def make() -> Any:
         from device_sdk.transport import Transport
 

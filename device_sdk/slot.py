@@ -68,6 +68,11 @@ class Loaded:
         self.call = self.session.run
         self.ended = self.stats.ended
 
+    def watch(self, *, each_call: bool) -> None:
+        """Look at the outputs of each call from now on, or of one in so many."""
+        self.check_mask = 0 if each_call else CHECK_EVERY - 1
+        self.due = each_call
+
     @property
     def providers(self) -> tuple[str, ...]:
         """What it runs on now: onnxruntime may also fall back in the middle of a call."""

@@ -25,7 +25,8 @@ GROUPS = {
     "embedded": (
         "[embedded", "tests/deploy/test_mirror", "tests/e2e/test_faults", "tests/e2e/test_acceptance",
         "tests/e2e/test_foreign", "tests/e2e/test_sdk_readme", "tests/e2e/test_revocation", "tests/e2e/test_guards",
-        "tests/e2e/test_notices", "tests/e2e/test_waiting", "tests/wheel/", "tests/server/test_secrets",
+        "tests/e2e/test_notices", "tests/e2e/test_waiting", "tests/e2e/test_probation", "tests/wheel/",
+        "tests/server/test_secrets",
     ),
     "browser": ("tests/browser/",),
     "drills": ("tests/drills/",),

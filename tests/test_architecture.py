@@ -21,17 +21,20 @@ PURE = [
     ROOT / "device_sdk" / "sampling.py",
     *(ROOT / "fleet" / "rollouts" / f"{name}.py" for name in DECIDING),
     ROOT / "fleet" / "devices" / "selection.py",
+    ROOT / "fleet" / "devices" / "mirrors.py",
 ]
 # What decides without IO, clock, chance or Django may be made of these. Typing aside, `datetime` gives types only.
 INNOCENT = {
     "__future__", "base64", "binascii", "bisect", "bz2", "collections", "collections.abc", "dataclasses", "datetime",
-    "contextlib", "decimal", "enum", "fractions", "functools", "hashlib", "heapq", "hmac", "io", "itertools", "json",
-    "lzma", "math", "numbers", "numpy", "numpy.lib", "numpy.typing", "operator", "random", "re", "statistics", "string",
-    "struct", "tokenize", "types", "typing", "unicodedata", "urllib.parse", "uuid", "zipfile", "zlib",
+    "contextlib", "decimal", "enum", "fractions", "functools", "hashlib", "heapq", "hmac", "io", "ipaddress",
+    "itertools", "json", "lzma", "math", "numbers", "numpy", "numpy.lib", "numpy.typing", "operator", "random", "re",
+    "statistics", "string", "struct", "tokenize", "types", "typing", "unicodedata", "urllib.parse", "uuid", "zipfile",
+    "zlib",
 }  # fmt: skip
 PURE_OURS = (
     "device_sdk.protocol", "device_sdk.updater", "device_sdk.counts", "device_sdk.comparison", "device_sdk.sampling",
-    "fleet.devices.selection", "fleet.errors", *(f"fleet.rollouts.{name}" for name in DECIDING),
+    "fleet.devices.selection", "fleet.devices.mirrors", "fleet.errors",
+    *(f"fleet.rollouts.{name}" for name in DECIDING),
 )  # fmt: skip
 # Names that reach the clock, the disk or global chance even from an innocent module.
 IMPURE_CALLS = {

@@ -36,7 +36,7 @@ with open("/proc/self/stat") as file:
 print(answered - began, time.clock_gettime(time.CLOCK_BOOTTIME) - since_boot, time.process_time())
 """
 NOTES = (
-    "Medians of twenty starts each, in turns, unless it says shortest. Both end with their first answer.",
+    "Medians of forty starts each, in turns, unless it says shortest. Both end with their first answer.",
     "A committed release that has answered on this device, and nobody has written to its files since they were hashed:",
     "ours goes by that, and hashes them again once `start()` runs, which is not in these figures.",
     "Everything imported: the clock starts when numpy, onnxruntime and the SDK are. The bar is held against that,",
@@ -61,7 +61,7 @@ def _of(folder: Path, width: int, scale: Scale) -> list[Row]:
         (folder / name).write_bytes(data)
     home = _home(folder / "home", files)
     programs = {"bare": _BARE.format(model=str(folder / "model.onnx")), "fleet": _FLEET.format(home=str(home))}
-    turns = [{name: _run(code, folder) for name, code in programs.items()} for _ in range(max(scale.rounds // 2, 1))]
+    turns = [{name: _run(code, folder) for name, code in programs.items()} for _ in range(scale.rounds)]
     usual = {name: [median(turn[name][part] for turn in turns) for part in range(3)] for name in programs}
     least = {name: [min(turn[name][part] for turn in turns) for part in range(3)] for name in programs}
     size = f"{sum(map(len, files.values())) / 1e6:.0f} MB"

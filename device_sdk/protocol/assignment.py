@@ -156,8 +156,8 @@ class Assignment:
 
     `stop` is the model's policy for when nothing may run. Beside a release it is heeded where that one cannot run here
     and CI no longer lists what does. `forgive`: a device that quarantined the release under another rollout tries it
-    once more. `length` and `sha256` are those of the manifest; they stand in the TUF target
-    itself, not in `custom`.
+    once more. `mirror`: a cache to ask for the release's files first, which is believed in nothing. `length` and
+    `sha256` are those of the manifest; they stand in the TUF target itself, not in `custom`.
     """
 
     model: str
@@ -173,6 +173,7 @@ class Assignment:
     conditions: Conditions = NO_CONDITIONS
     max_hold: int = MAX_HOLD
     forgive: bool = False
+    mirror: str = ""
 
     def to_custom(self) -> dict[str, Any]:
         """The TUF `custom` object. Signed, hence without fractions: they stand as text."""
@@ -191,6 +192,8 @@ class Assignment:
             optional["max_hold"] = self.max_hold
         if self.forgive:
             optional["forgive"] = True
+        if self.mirror:
+            optional["mirror"] = self.mirror
         return custom | optional
 
     @classmethod
@@ -215,4 +218,13 @@ class Assignment:
             conditions=Conditions.parse(item.get("conditions", {})),
             max_hold=fields.take_int(item, "max_hold", high=LONGEST_HOLD, default=MAX_HOLD),
             forgive=fields.take_bool(item, "forgive"),
+            mirror=_mirror(item.get("mirror")),
         )
+
+
+def _mirror(value: object) -> str:
+    if not value:
+        return ""
+    from device_sdk.protocol.mirrors import mirror_or_none  # few devices have one, and each starts
+
+    return mirror_or_none(value)

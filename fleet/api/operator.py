@@ -157,7 +157,7 @@ class GroupViewSet(
 
     def perform_update(self, serializer: serializers.BaseSerializer[Group]) -> None:
         group = self.get_object()
-        kept = {"name": group.name, "description": group.description, "selector": group.selector}
+        kept = {name: getattr(group, name) for name in ("name", "description", "selector", "mirror")}
         serializer.instance = devices.save_group(group=group, **{**kept, **serializer.validated_data})
 
 

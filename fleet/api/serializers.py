@@ -137,8 +137,11 @@ class GroupSerializer(serializers.ModelSerializer[Group]):
 
     class Meta:
         model = Group
-        fields = ("id", "name", "description", "selector")
-        extra_kwargs: dict[str, dict[str, Any]] = {"name": {"validators": []}}  # the service answers with a code
+        fields = ("id", "name", "description", "selector", "mirror")
+        extra_kwargs: dict[str, dict[str, Any]] = {
+            "name": {"validators": []},  # the service answers with a code
+            "mirror": {"help_text": "http(s)://host[:port] of a cache that these devices ask for files first"},
+        }
 
 
 class StageSerializer(serializers.ModelSerializer[Stage]):

@@ -97,7 +97,17 @@ class DeviceAdmin(ReadOnlyAdmin):
     search_fields: ClassVar = ["name", "labels", "sdk"]
     search_help_text = searching.HELP
     list_select_related: ClassVar = ["runs", "token"]
-    fields = ("model_list", "pin_list", "sdk_version", "can_run", "enrolled_by", "enrolled", "lost", "audited")
+    fields = (
+        "model_list",
+        "pin_list",
+        "mirror",
+        "sdk_version",
+        "can_run",
+        "enrolled_by",
+        "enrolled",
+        "lost",
+        "audited",
+    )
     readonly_fields = fields
     change_form_outer_before_template = "dashboard/device.html"
     actions: ClassVar = ["approve_selected"]
@@ -197,6 +207,12 @@ class DeviceAdmin(ReadOnlyAdmin):
     def pin_list(self, device: Device) -> str:
         return presentation.label_chips(device.pins)
 
+    @display(description="Mirror")
+    def mirror(self, device: Device) -> str:
+        """What its views name; the program on the device may have another, or none."""
+        found = selectors.mirror_of(device)
+        return f"{found.address}, of the group {found.group}" if found else "of no group"
+
     @display(description="Last seen", ordering="last_seen")
     def seen(self, device: Device) -> str:
         return presentation.presence(device.last_seen, selectors.offline_before())
@@ -233,9 +249,9 @@ class DeviceAdmin(ReadOnlyAdmin):
 @admin.register(Group)
 class GroupAdmin(ModelAdmin):  # type: ignore[misc]  # unfold ships no types
     form = GroupForm
-    list_display: ClassVar = ["name", "chosen_by", "description"]
-    search_fields: ClassVar = ["name", "description"]
-    fields = ("name", "description", "selector", "devices")
+    list_display: ClassVar = ["name", "chosen_by", "mirror", "description"]
+    search_fields: ClassVar = ["name", "description", "mirror"]
+    fields = ("name", "description", "selector", "mirror", "devices")
     readonly_fields = ("devices",)
 
     def get_urls(self) -> list[Any]:
@@ -254,7 +270,8 @@ class GroupAdmin(ModelAdmin):  # type: ignore[misc]  # unfold ships no types
 
     def save_model(self, request: HttpRequest, obj: Group, form: Any, change: bool) -> None:
         given = form.cleaned_data
-        services.save_group(group=obj, name=given["name"], description=given["description"], selector=given["selector"])
+        terms = {name: given[name] for name in ("name", "description", "selector", "mirror")}
+        services.save_group(group=obj, **terms)
 
     def delete_model(self, request: HttpRequest, obj: Group) -> None:
         services.delete_group(group=obj)

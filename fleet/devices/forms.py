@@ -1,7 +1,7 @@
 """Forms that turn what people type (`site=north, tier=gold`) into the mappings that models hold."""
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 from django import forms
 from django.urls import reverse
@@ -12,6 +12,7 @@ from unfold.widgets import (
 )
 
 from device_sdk.protocol.errors import ProtocolError
+from device_sdk.protocol.mirrors import check_mirror
 from device_sdk.protocol.names import check_model, check_name
 from device_sdk.protocol.polls import check_labels
 from fleet.devices import selection
@@ -90,12 +91,25 @@ class GroupForm(forms.ModelForm):  # type: ignore[type-arg]
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        if "mirror" in self.fields:
+            self.fields["mirror"].widget.attrs |= {"placeholder": "http://mirror.oslo.example:8080"}
         if "selector" in self.fields:  # not for those who may only look
             counted_live({"selector": self.fields["selector"]}, reverse("admin:devices_group_preview"))
 
     class Meta:
         model = Group
-        fields = ("name", "description", "selector")
+        fields = ("name", "description", "selector", "mirror")
+        help_texts: ClassVar = {
+            "mirror": "Of a site: the address of a cache that these devices ask for files first. It is told to them in "
+            "their signed view, and believed in nothing. Where several groups hold a device, the first by name counts."
+        }
+
+    def clean_mirror(self) -> str:
+        given = self.cleaned_data["mirror"].strip()
+        try:
+            return check_mirror(given) if given else ""
+        except ProtocolError as error:
+            raise forms.ValidationError(error.message) from error
 
     def clean_name(self) -> str:
         try:

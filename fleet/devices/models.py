@@ -5,13 +5,19 @@ from typing import ClassVar
 from django.db import models
 from django.db.models import F, Q
 
+from device_sdk.protocol.mirrors import MIRROR_CHARS
+
 
 class Group(models.Model):
-    """Devices chosen by labels: see `selection` for the language. Empty: every device."""
+    """Devices chosen by labels: see `selection` for the language. Empty: every device.
+
+    `mirror`: of a site, the cache that its devices ask for files first; see `mirrors`.
+    """
 
     name = models.CharField(max_length=64, unique=True)
     description = models.TextField(blank=True)
     selector = models.TextField(blank=True)
+    mirror = models.CharField(max_length=MIRROR_CHARS, blank=True)
 
     class Meta:
         ordering: ClassVar = ["name"]

@@ -5,16 +5,21 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 
+import structlog
 from django.conf import settings
 from django.db.models import Count, Q, QuerySet
 from django.utils import timezone
 
 from fleet import sql
 from fleet.devices.matching import chosen, selector_of
+from fleet.devices.mirrors import Mirror, Mirrors
+from fleet.devices.mirrors import chosen as chosen_mirror
 from fleet.devices.models import Device, Group, RunningSet, SpreadSample
 from fleet.devices.selection import Selector
+from fleet.errors import Invalid
 
 Spread = dict[str, dict[str, int]]  # model to version to devices
+logger = structlog.get_logger(__name__)
 PREVIEWED = 8  # devices shown of a selector's
 MISSED_POLLS = 3  # a device that missed so many is offline
 
@@ -38,6 +43,22 @@ def claimed(device: int, epoch: int) -> Device | None:
 def members(group: Group | None) -> Iterator[Device]:
     """Active devices of a group; None is every device."""
     return chosen(selector_of(group)).select_related("runs").iterator(chunk_size=2_000)
+
+
+def mirrors() -> Mirrors:
+    """Of every group that has one. A group whose selector cannot be read has none; the log says so."""
+    found = []
+    for group in Group.objects.exclude(mirror=""):
+        try:
+            found.append(Mirror(group.name, selector_of(group), group.mirror))
+        except Invalid as error:
+            logger.error("group_malformed", group=group.name, error=error.message)  # noqa: TRY400  no traceback each poll
+    return Mirrors(tuple(sorted(found, key=lambda mirror: mirror.group)))
+
+
+def mirror_of(device: Device) -> Mirror | None:
+    """The mirror that the device is told of."""
+    return chosen_mirror(mirrors().possible(device.labels), device.labels, device.name)
 
 
 @dataclass(frozen=True, slots=True)

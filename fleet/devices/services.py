@@ -18,6 +18,7 @@ from device_sdk.protocol import events
 from device_sdk.protocol.abilities import UNSAID
 from device_sdk.protocol.errors import ProtocolError
 from device_sdk.protocol.events import HEALTH, Event
+from device_sdk.protocol.mirrors import check_mirror
 from device_sdk.protocol.names import check_model, check_name
 from device_sdk.protocol.polls import EnrolRequest, check_labels, running_digest
 from device_sdk.protocol.posts import EventPost
@@ -240,19 +241,22 @@ def set_labels(*, device: Device, labels: Mapping[str, str], actor: User | str, 
 
 
 @transaction.atomic
-def save_group(*, group: Group | None = None, name: str, description: str = "", selector: str) -> Group:
-    """Create or change a group. `selector` as in `selection`; empty chooses every device."""
+def save_group(
+    *, group: Group | None = None, name: str, description: str = "", selector: str, mirror: str = ""
+) -> Group:
+    """Create or change a group. `selector` as in `selection`; empty chooses every device. `mirror` empty: none."""
     group = group or Group()
     try:
         chosen = str(selection.parse(selector))
         group.name, group.description, group.selector = check_name(name, "group"), description, chosen
+        group.mirror = check_mirror(mirror.strip()) if mirror.strip() else ""
     except ProtocolError as error:
         raise Invalid(error.code, error.message) from error
     if Group.objects.filter(name=group.name).exclude(pk=group.pk).exists():
         raise Conflict("group_exists", f"there is a group {group.name!r} already")
     created = group.pk is None
     group.save()
-    detail = {"selector": group.selector, "description": group.description}
+    detail = {"selector": group.selector, "description": group.description, "mirror": group.mirror}
     record("group.created" if created else "group.changed", target=group.name, detail=detail)
     changes.policy_changed()
     return group
@@ -260,9 +264,10 @@ def save_group(*, group: Group | None = None, name: str, description: str = "", 
 
 @transaction.atomic
 def delete_group(*, group: Group) -> None:
-    """Refused by the database where a rollout is for it."""
+    """Refused by the database where a rollout is for it. Its devices are told of its mirror no more."""
     group.delete()
-    record("group.deleted", target=group.name, detail={"selector": group.selector})
+    record("group.deleted", target=group.name, detail={"selector": group.selector, "mirror": group.mirror})
+    changes.policy_changed()
 
 
 def _move(device: Device, before: Device.State, after: Device.State) -> None:

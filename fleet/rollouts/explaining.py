@@ -4,13 +4,13 @@ The rules are those of `policy`, told one by one; that the verdict is always wha
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from device_sdk.protocol.assignment import Assignment
 from device_sdk.protocol.names import ReleasePath
 from fleet.devices.selection import Selector
 from fleet.rollouts.facts import COMPLETED, IN_FORCE, PAUSED, DeviceFacts, RolloutRules, Snapshot
-from fleet.rollouts.policy import desired, in_a_ring, is_excluded, pinned_assignment, reaches, runs_release
+from fleet.rollouts.policy import desired, in_a_ring, is_excluded, near, pinned_assignment, reaches, runs_release
 from fleet.rollouts.variants import way_to
 
 ADMITS, NOT_IN_FORCE, NOT_IN_GROUP, EXCLUDED = "admits", "not_in_force", "not_in_group", "excluded"
@@ -56,7 +56,8 @@ def _explain(snapshot: Snapshot, device: DeviceFacts, model: str) -> Explanation
     stop = model in snapshot.stops
     runs = device.runs.get(model, "")
     if model in device.pins:
-        assignment = pinned_assignment(model, device, stop=stop)
+        pinned = pinned_assignment(model, device, stop=stop)
+        assignment = near(pinned, snapshot.mirrors.possible(device.labels), device)
         return Explanation(model, runs, assignment, BY_PIN, _pinned(device, model, assignment), tuple(told))
     place = next((place for place, each in enumerate(told) if each.why == ADMITS), None)
     if place is None:
@@ -69,7 +70,7 @@ def _explain(snapshot: Snapshot, device: DeviceFacts, model: str) -> Explanation
 
 
 def _given(snapshot: Snapshot, device: DeviceFacts, rollout: RolloutRules) -> Assignment:
-    alone = Snapshot({rollout.release.model: [rollout]}, snapshot.stops)
+    alone = replace(snapshot, rollouts={rollout.release.model: [rollout]})
     return desired(alone, device)[rollout.release.model]
 
 

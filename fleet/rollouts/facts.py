@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from device_sdk.protocol.abilities import UNSAID, Abilities
 from device_sdk.protocol.assignment import ALWAYS, MAX_HOLD, NO_CONDITIONS, Conditions, Probation, Window
 from device_sdk.protocol.manifest import Requirements
+from fleet.devices.mirrors import NO_MIRRORS, Mirrors
 from fleet.devices.selection import EVERY, Selector
 
 DRAFT, AWAITING_APPROVAL, RUNNING, PAUSED = "draft", "awaiting_approval", "running", "paused"
@@ -63,6 +64,7 @@ class Snapshot:
 
     rollouts: Mapping[str, Sequence[RolloutRules]] = field(default_factory=dict)
     stops: frozenset[str] = frozenset()
+    mirrors: Mirrors = NO_MIRRORS
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,15 +14,19 @@ For each model of a device, one answer, however many rollouts there are and howe
 3. What it gives is the release; or, while the device has not passed a floor, the release to step through first.
 4. No rollout admits the device: keep what runs, or stop the model where its policy says so.
 
+Beside a release stands the mirror that is nearest to the device (`fleet.devices.mirrors`), whoever gave the release.
+
 A release that is in force without a valid variant is a doubt, and a doubt keeps what runs. `explaining` tells all this
 about one device in words.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from device_sdk.protocol.assignment import ALWAYS, MAX_HOLD, NO_CONDITIONS, Assignment, Probation
 from device_sdk.protocol.cohorts import COHORTS, cohort
+from fleet.devices.mirrors import Mirror
+from fleet.devices.mirrors import chosen as chosen_mirror
 from fleet.rollouts.facts import (
     AWAITING_APPROVAL,
     CANCELLED,
@@ -98,6 +102,7 @@ class Plan:
 
     traits: Traits
     models: tuple[ModelPlan, ...]
+    mirrors: tuple[Mirror, ...] = ()
 
 
 def desired(snapshot: Snapshot, device: DeviceFacts) -> dict[str, Assignment]:
@@ -110,7 +115,8 @@ def desired(snapshot: Snapshot, device: DeviceFacts) -> dict[str, Assignment]:
 
 def plan(snapshot: Snapshot, traits: Traits) -> Plan:
     """Worth keeping, as long as the snapshot is in force."""
-    return Plan(traits, tuple(_model_plan(snapshot, traits, model) for model in traits.models))
+    models = tuple(_model_plan(snapshot, traits, model) for model in traits.models)
+    return Plan(traits, models, snapshot.mirrors.possible(dict(traits.labels)))
 
 
 def _model_plan(snapshot: Snapshot, traits: Traits, model: str) -> ModelPlan:
@@ -174,7 +180,7 @@ def _assignment(step: Step, rollout: RolloutRules | None, *, stop: bool) -> Assi
 
 def decide(plan: Plan, device: DeviceFacts) -> dict[str, Assignment]:
     """What hangs on the device itself: its name, its pins, its place in cohorts, what it runs and where it failed."""
-    return {each.model: _decide(each, device) for each in plan.models}
+    return {each.model: near(_decide(each, device), plan.mirrors, device) for each in plan.models}
 
 
 def _decide(each: ModelPlan, device: DeviceFacts) -> Assignment:
@@ -203,6 +209,12 @@ def pinned_assignment(model: str, device: DeviceFacts, *, stop: bool) -> Assignm
         return Assignment(model=model)
     way = way_to(release, device.traits)
     return _assignments(release, way, stop=stop)[place_on(way, running_version(device, model))]
+
+
+def near(assignment: Assignment, mirrors: Sequence[Mirror], device: DeviceFacts) -> Assignment:
+    """The same with the address of a mirror, where there is one for the device and something to fetch."""
+    found = chosen_mirror(mirrors, device.labels, device.name) if mirrors and assignment.release else None
+    return replace(assignment, mirror=found.address) if found else assignment
 
 
 # --- parts of the rules ------------------------------------------------------------------------------------------

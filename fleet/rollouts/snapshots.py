@@ -19,6 +19,7 @@ from device_sdk.protocol.assignment import ALWAYS, Conditions, Probation, Window
 from device_sdk.protocol.errors import ProtocolError
 from device_sdk.protocol.manifest import Requirements
 from fleet import sql
+from fleet.devices import selectors as devices
 from fleet.devices.changes import policy_changed
 from fleet.errors import Invalid
 from fleet.releases.models import Model, Release, Variant
@@ -71,7 +72,7 @@ def compile_policy() -> policy.Snapshot:
             by_model[rules.release.model].append(rules)
         else:
             stops.discard(rollout.release.model.name)  # what it says is not known: a doubt stops nothing
-    return policy.Snapshot(rollouts=dict(by_model), stops=frozenset(stops))
+    return policy.Snapshot(rollouts=dict(by_model), stops=frozenset(stops), mirrors=devices.mirrors())
 
 
 def compile_history() -> policy.Snapshot:
@@ -90,7 +91,7 @@ def compile_history() -> policy.Snapshot:
             revoked = rollout.release.state != Release.State.VALID
             rules = replace(rules, state="revoked" if revoked else "superseded")
         by_model[rules.release.model].append(rules)
-    return policy.Snapshot(rollouts=dict(by_model), stops=compile_policy().stops)
+    return replace(compile_policy(), rollouts=dict(by_model))
 
 
 def _by_start(rollout: Rollout) -> tuple[datetime, int]:

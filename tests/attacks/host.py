@@ -1,9 +1,10 @@
 """A product that embeds the SDK, as a process: it infers all the time, and answers questions on standard input.
 
 `python -m tests.attacks.host HOME MODEL [OPTIONS]`. OPTIONS is JSON, for `Fleet.open`; in it `exchange_seconds`
-shortens the overall deadline of a poll. One command a line, one line of JSON as the answer; the SDK's log goes to
-standard error. `status`: what runs and how inference goes. `poll`: poll now; the code of the refusal, or "". `clock S`:
-the device's wall clock is S seconds off from now on. `skip`: a back-off is over. End of input: stop.
+shortens the overall deadline of a poll, and `frames` is the number of differing inputs, over and over (one of ones).
+One command a line, one line of JSON as the answer; the SDK's log goes to standard error. `status`: what runs and how
+inference goes. `poll`: poll now; the code of the refusal, or "". `clock S`: the device's wall clock is S seconds off
+from now on. `skip`: a back-off is over. End of input: stop.
 """
 
 import json
@@ -11,6 +12,7 @@ import logging
 import sys
 import threading
 import time
+from itertools import cycle
 from typing import Any
 
 import numpy as np
@@ -30,6 +32,8 @@ class Host:
         clock = Clock(now=lambda: time.time() + self.offset, monotonic=lambda: time.monotonic() + self.skipped)
         chosen = json.loads(options)
         worker._DEADLINE = chosen.pop("exchange_seconds", worker._DEADLINE)
+        many = chosen.pop("frames", 0)
+        self.frames = np.random.default_rng(1).normal(size=(many, 1, 4)) if many else np.ones((1, 1, 4))
         # The server tells the real interval with its first answer.
         self.fleet = Fleet.open(home, poll_seconds=1.0, clock=clock, intra_op_threads=1, **chosen)
         self.model = self.fleet.model(model)
@@ -76,12 +80,12 @@ class Host:
         return self.skipped
 
     def _infer(self) -> None:
-        ones = np.ones((1, 4), np.float32)
+        frames = cycle(self.frames.astype(np.float32))
         while not self._over.wait(PAUSE):
             if self.answer is None and self.model.release is None:
                 continue  # a new device: nothing to run yet; later on, nothing to run is a failure
             try:
-                self.answer = float(self.model.run({"x": ones})["y"][0, 0])
+                self.answer = float(self.model.run({"x": next(frames)})["y"][0, 0])
             except Exception as error:  # noqa: BLE001  whatever it is, a test must hear of it
                 self.failures.append(f"{type(error).__name__}: {error}")
             self.calls += 1

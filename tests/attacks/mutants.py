@@ -84,7 +84,7 @@ LISTED = "        release = release or TargetFile(assignment.length, {'sha256': 
 AGREE = '(release.length, release.hashes.get("sha256")) != (assignment.length, assignment.sha256)'
 HASH_UNCHECKED = (
     _never(STORE, "(found, size) != (sha, length)", 12),
-    _never(STORE, "digest(entry_bytes) != file.sha256", 16),
+    Edit(STORE, "digest(entry_bytes) != file.sha256:\n", "False:\n"),
     _never(STORE, "(found, size) != (file.sha256, file.length)", 8),
     _never(REHEARSAL, "digest(data) != sha", 4),
 )
@@ -291,7 +291,10 @@ MUTANTS = (
         Edit(STORE, "os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW |", "os.O_WRONLY | os.O_CREAT |"),
     )),
     Mutant(34, "every look at an artifact's hash", HASH_UNCHECKED),
-    Mutant(34, "word of what was damaged", (_gone(INSTALL, "self._tell_damage(wanted)\n", instead="pass\n"),)),
+    Mutant(34, "word of what was damaged", (
+        _gone(INSTALL, "self._tell_damage(wanted)\n", instead="pass\n"),
+        _gone(INSTALL, "self._tell_damage(sha)\n", instead="pass\n"),
+    )),
     Mutant(35, "the look back at a start", (
         Edit(INSTALL, "        if self._parts.writes:\n            self._reconcile()\n", ""),
     )),

@@ -4,6 +4,7 @@ import os
 import re
 import secrets
 import socket
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from hashlib import sha256
@@ -16,9 +17,9 @@ from onnx import helper
 
 from device_sdk import Fleet
 from device_sdk.protocol.polls import BLOBS
-from tests.attacks.world import Proxy, Shop, proxy_to
+from tests.attacks.world import Proxy, Shop, eventually, proxy_to
 from tests.deploy.test_deploy import DEPLOY, MAIN, tool
-from tests.live import LiveServer
+from tests.live import KNOWN, LiveServer
 from tests.sdk.loopback import Reply
 from tests.sdk.world import graph
 from tests.services import free_port, running
@@ -143,6 +144,41 @@ def test_a_device_goes_to_the_server_where_the_mirror_has_nothing(shop, mirror):
     with proxy_to(shop.server.url) as line:
         assert update(shop, line, mirror.url) == ("probation", factor)
         assert any(each.path.startswith(BLOBS) for each in line.asked)
+
+
+def test_a_device_asks_the_mirror_of_its_site_and_leaves_it_when_it_lies(shop, mirror):
+    """Told by the server alone: nothing on the device names a mirror."""
+    with proxy_to(shop.server.url) as line, proxy_to(shop.server.url) as liar:
+        home = shop.enrol(f"cam-{secrets.token_hex(3)}", line.url)
+        row, site = shop.device_row(home.name)["id"], {"site": shop.model}
+        shop.api("POST", f"devices/{row}/labels/", {"labels": site})
+        group = shop.api(
+            "POST", "groups/", {"name": shop.model, "selector": f"site={shop.model}", "mirror": mirror.url}
+        )
+        with Fleet.open(home, rehearse=False) as fleet:
+            line.attack(BLOBS, DOWN)  # the server itself gives no file
+            assert updated(shop, fleet) == "probation"
+            assert mirror.fetched() >= 4
+            assert f"{mirror.url}, of the group {shop.model}" in shop.page(home.name)
+
+            shop.api("PATCH", f"groups/{group['id']}/", {"mirror": liar.url})
+            line.relent()
+            liar.attack(BLOBS, Reply(200, bytes(len(large(1)))))
+            assert updated(shop, fleet) == "probation"
+        assert [each.path.startswith(BLOBS) for each in liar.asked] == [True]
+        assert [asked for asked in liar.asked if "Authorization" in asked.headers] == []
+        eventually(lambda: "bad_mirror" in shop.page(home.name), "the device's page to say so")
+
+
+def updated(shop, fleet):
+    """A new release goes out, and the device polls until it has it: the state of its model."""
+    factor = shop.new_factor()
+    shop.roll_out(factor, large(factor))
+    time.sleep(KNOWN)
+    state = fleet.update_once().models[shop.model].state
+    answer = fleet.model(shop.model).run({"x": np.ones((1, 4), np.float32)})["y"][0, 0]
+    assert float(answer) == factor
+    return state
 
 
 def test_a_range_is_answered_from_the_cache_byte_for_byte(shop, mirror):

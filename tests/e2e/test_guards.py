@@ -15,7 +15,8 @@ from device_sdk.protocol.events import Event
 from device_sdk.protocol.names import ReleasePath
 from device_sdk.protocol.polls import EVENTS
 from device_sdk.protocol.posts import EventPost
-from tests.attacks.world import Shop
+from tests.attacks.world import Shop, eventually
+from tests.e2e.webhooks import receiving
 from tests.live import KNOWN
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(180)]
@@ -148,11 +149,16 @@ def fleet(embedded, tmp_path_factory):
 def test_the_guard_halts_a_fifth_of_failed_calls_and_lets_the_resumed_rollout_of_a_healthy_model_through(fleet):
     """The same release twice: first a service that the model calls is away, then it is back, and a person resumes."""
     version, pk = fleet.starts(2.0, guards=GUARDS)
-    fleet.live(version, pk, 0.2)
+    with receiving(fleet.shop, "rollout.halted") as receiver:
+        fleet.live(version, pk, 0.2)
+        halted = fleet.becomes(pk, state="halted")
+        eventually(receiver.told, "the halt to be told")
 
-    halted = fleet.becomes(pk, state="halted")
-
+    (told,) = receiver.taken.values()
+    assert (told["type"], told["data"]["rollout"], told["data"]["actor"]) == ("rollout.halted", pk, "guard")
+    assert told["data"]["comment"] == halted["reason"]
     assert halted["reason"].startswith("inference errors: ")
+    assert receiver.refused == []
     assert {each["guard"] for each in halted["readings"]} == {"failures", "errors"}
     assert {camera.polls() for camera in fleet.cameras} == {"1.0.0"}
     fleet.goes_back()

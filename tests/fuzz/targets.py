@@ -104,6 +104,7 @@ ASSIGNMENT = Assignment(
     probation=Probation(5, 0.25, 0.001, 1e-7),
     sampling=Sampling("night", 1 / 3, 100, START, Window(1, 2), 600),
     stop=True,
+    mirror="http://mirror.oslo.example:8080",
 )
 EVENT = Event("0" * 32, 1.5e9, "failed", "digits", MANIFEST.path, "r-1", "disk", {"free": 1.5, "code": "x"})
 ABILITIES = Abilities("1.31.0", 26, 2**30, "x86_64", ("CPUExecutionProvider",))
@@ -175,6 +176,7 @@ def run_assignment(data: bytes) -> None:
     found = Assignment.parse("digits", 10, "ef" * 32, item)
     check_release(found.release)
     assert found.release is None or found.release.model == "digits"
+    assert not found.mirror or (found.mirror.isascii() and not set(found.mirror.partition("://")[2]) & set("/?#@\\ \n"))
     assert Assignment.parse("digits", 10, "ef" * 32, parsed(dumped(found.to_custom()))) == found
 
 

@@ -12,6 +12,7 @@ from device_sdk.protocol.assignment import Assignment, Probation, Sampling, Wind
 from device_sdk.protocol.batches import BatchHead, BatchIndex, SampleEntry
 from device_sdk.protocol.errors import ProtocolError
 from device_sdk.protocol.manifest import FileEntry, Manifest, Requirements, TensorSpec, digest
+from device_sdk.protocol.mirrors import check_mirror
 from device_sdk.protocol.names import ReleasePath, assign_path, check_file_name, check_model, check_name, check_sha256
 from device_sdk.protocol.scores import Scores
 
@@ -46,6 +47,7 @@ assignments = st.builds(
     window=windows,
     probation=st.builds(Probation, st.integers(0, 10**9), st.floats(0, 10**6), st.floats(0, 1), st.floats(0, 1)),
     sampling=st.none() | samplings,
+    mirror=st.sampled_from(["", "http://mirror.oslo.example:8080"]),
 )
 
 
@@ -120,6 +122,56 @@ def test_comparisons_stand_in_an_assignment_only_where_they_are_asked_for(name: 
 def test_an_assignment_survives_the_round_trip(assignment: Assignment) -> None:
     custom = json.loads(json.dumps(assignment.to_custom()))
     assert Assignment.parse("digits", assignment.length, assignment.sha256, custom) == assignment
+
+
+@pytest.mark.parametrize(
+    ("said", "meant"),
+    [
+        ("https://Mirror.Oslo.example:8080/", "https://mirror.oslo.example:8080"),
+        ("http://[FE80::1]:80", "http://[fe80::1]:80"),
+        ("http://10.0.0.1", "http://10.0.0.1"),
+        ("http://near_by", "http://near_by"),
+        *(
+            (said, "")
+            for said in (
+                "near",
+                "ftp://near",
+                "http://",
+                "http:///x",
+                "http://near/x",
+                "http://near?x",
+                "http://near#x",
+            )
+        ),
+        *(
+            (said, "")
+            for said in ("http://u:p@near", "http://near:0", "http://near:65536", "http://near:", "http://[::g]")
+        ),
+        *(
+            (said, "")
+            for said in (
+                "http://near by",
+                "http://near\n",
+                "http://-x",
+                "http://\u212aelvin",
+                "x" * 10**6,
+                None,
+                7,
+                [],
+                {},
+            )
+        ),
+    ],
+)
+def test_a_mirror_is_an_address_or_none_and_never_a_reason_to_refuse_an_assignment(said: Any, meant: str) -> None:
+    custom = Assignment("digits", ReleasePath("digits", "1.0.0", "default")).to_custom() | {"mirror": said}
+    assignment = Assignment.parse("digits", 1, "ab" * 32, custom)
+    assert (assignment.mirror, assignment.release is not None) == (meant, True)
+    if meant:
+        assert check_mirror(said) == check_mirror(meant) == meant
+    else:
+        with pytest.raises(ProtocolError):
+            check_mirror(said)
 
 
 def test_an_assignment_that_names_another_models_release_is_refused() -> None:

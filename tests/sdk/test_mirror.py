@@ -10,7 +10,7 @@ import pytest
 from device_sdk.config import Home
 from device_sdk.download import fetch
 from device_sdk.errors import SetupError, TransferError, UntrustedError
-from device_sdk.mirror import SHUN_FAILING, SHUN_LYING, Mirror
+from device_sdk.mirror import SHUN_FAILING, SHUN_LYING, Mirror, Mirrors
 from device_sdk.protocol.polls import BLOBS
 from device_sdk.store import Store
 from device_sdk.traffic import Clock, Limits, Traffic
@@ -251,7 +251,7 @@ def a_device(tmp_path, near, **options):
     world = World(tmp_path / "home")
     manifest = world.server.publish("detector/1.0.0/default", MODEL)
     near.on(BLOBS + manifest.files[0].sha256, options.pop("reply", blob_route(MODEL)))
-    world.server.assign(manifest)
+    world.server.assign(manifest, mirror=options.pop("signed", ""))
     home = Home(world.path)
     provision = replace(home.provision(), mirror=options.pop("provisioned", ""))
     home.provision_file.write_bytes(provision.to_bytes())
@@ -275,6 +275,44 @@ def test_a_provisioned_mirror_is_used_without_the_credential(tmp_path, near):
 def test_the_host_program_may_turn_a_provisioned_mirror_off(tmp_path, near, mirror, asked):
     world, state = a_device(tmp_path, near, provisioned=near.url, mirror=mirror)
     assert (state, len(near.asked), len(from_server(world))) == ("probation", asked, 1 - asked)
+
+
+def test_the_mirror_that_the_view_names_is_used_without_the_credential(tmp_path, near):
+    world, state = a_device(tmp_path, near, signed=near.url)
+    assert (state, len(near.asked), from_server(world)) == ("probation", 1, [])
+    assert "Authorization" not in near.asked[0].headers
+
+
+@pytest.mark.parametrize(("mirror", "asked"), [(None, 1), ("", 0), ("http://127.0.0.1:9", 0)])
+def test_the_host_program_overrules_the_view(tmp_path, near, mirror, asked):
+    world, state = a_device(tmp_path, near, signed=near.url, mirror=mirror)
+    assert (state, len(near.asked), len(from_server(world))) == ("probation", asked, 1 - asked)
+
+
+def test_the_view_overrules_what_was_provisioned(tmp_path, near):
+    with loopback() as old:
+        world, state = a_device(tmp_path, near, signed=near.url, provisioned=old.url)
+        assert (state, len(near.asked), old.asked, from_server(world)) == ("probation", 1, [], [])
+
+
+def test_where_the_view_names_none_the_provisioned_one_is_asked(tmp_path, near):
+    world, state = a_device(tmp_path, near, signed="http://no/mirror", provisioned=near.url)
+    assert (state, len(near.asked), from_server(world)) == ("probation", 1, [])
+
+
+def test_what_is_known_of_a_mirror_is_kept_until_the_view_names_another():
+    mirrors = Mirrors(None, "", stall_seconds=1)
+    first = mirrors.choose("http://near")
+    first.lied(FILE.sha256)
+    assert not mirrors.choose("http://near").is_asked_for(FILE.sha256)
+    assert mirrors.choose("http://nearer").is_asked_for(FILE.sha256)
+    assert mirrors.choose("") is None
+
+
+def test_a_lying_mirror_of_the_view_is_reported_and_the_file_comes_from_the_server(tmp_path, near):
+    world, state = a_device(tmp_path, near, signed=near.url, reply=Reply(200, scaling(3.0)))
+    assert (state, len(from_server(world))) == ("probation", 1)
+    assert [event.reason for event in world.server.events if event.kind == "refused"] == ["bad_mirror"]
 
 
 def test_a_lying_mirror_is_reported_to_the_server_and_the_update_goes_on(tmp_path, near):

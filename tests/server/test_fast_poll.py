@@ -233,6 +233,7 @@ def test_whatever_may_alter_an_answer_stands_in_the_log(registry: Registry) -> N
         lambda: releases.revoke(release=second, reason="bad"), lambda: feedback.end_campaign(campaign=campaign),
         lambda: releases.set_when_nothing(model=line, policy="stop"),
         lambda: devices.save_group(group=site, name="site", selector="a=b"),
+        lambda: devices.delete_group(group=site),
         lambda: trust.store_role("other", 1, b"{}", timezone.now()),
     )  # fmt: skip
     of_one = (

@@ -60,6 +60,7 @@ changed = st.one_of(
     st.tuples(st.just("sample"), st.integers(1, 20)),
     st.tuples(st.just("nothing"), st.sampled_from(list(Model.WhenNothing.values))),
     st.tuples(st.just("group"), st.sampled_from(["berlin", "hamburg"])),
+    st.tuples(st.just("mirror"), st.sampled_from(["http://near", "http://nearer:8080", ""])),
     st.tuples(st.just("trust"), st.just(0)),
     st.tuples(st.just("wait"), st.sampled_from([1, 13, 25])),
     st.tuples(st.just("upgrade"), who),
@@ -164,7 +165,10 @@ class World:
         releases.set_when_nothing(model=Model.objects.get(), policy=policy)
 
     def group(self, site: str) -> None:
-        devices.save_group(group=self.site, name="site", selector=f"site={site}")
+        devices.save_group(group=self.site, name="site", selector=f"site={site}", mirror=self.site.mirror)
+
+    def mirror(self, address: str) -> None:
+        devices.save_group(group=self.site, name="site", selector=self.site.selector, mirror=address)
 
     def trust(self, _: int) -> None:
         newest = trust_selectors.newest("other")

@@ -13,6 +13,7 @@ from device_sdk.protocol.abilities import Abilities
 from device_sdk.protocol.assignment import Assignment
 from device_sdk.protocol.cohorts import cohort
 from device_sdk.protocol.manifest import Requirements
+from fleet.devices.mirrors import Mirror, Mirrors
 from fleet.devices.selection import EVERY, NAME, Selector, parse
 from fleet.rollouts import explaining, policy
 from fleet.rollouts.policy import DeviceFacts, ManifestRef, ReleaseRef, RolloutRules, Snapshot, Traits
@@ -57,11 +58,14 @@ rollouts = st.builds(
 )
 
 
-def _snapshot(rollouts: list[RolloutRules], stops: frozenset[str]) -> Snapshot:
-    return Snapshot({model: [r for r in rollouts if r.release.model == model] for model in MODELS}, stops)
+def _snapshot(rollouts: list[RolloutRules], stops: frozenset[str], sites: list[Selector]) -> Snapshot:
+    mirrors = Mirrors(tuple(Mirror(f"site-{at}", each, f"http://mirror-{at}") for at, each in enumerate(sites)))
+    return Snapshot({model: [r for r in rollouts if r.release.model == model] for model in MODELS}, stops, mirrors)
 
 
-snapshots = st.builds(_snapshot, st.lists(rollouts, max_size=6), st.frozensets(st.sampled_from(MODELS)))
+snapshots = st.builds(
+    _snapshot, st.lists(rollouts, max_size=6), st.frozensets(st.sampled_from(MODELS)), st.lists(selectors, max_size=4)
+)
 traits = st.builds(
     Traits.of,
     st.fixed_dictionaries(
@@ -122,6 +126,10 @@ def plain_step(release: ReleaseRef, device: DeviceFacts) -> str | None:
     return "1.1.0" if release.version == FLOORED and running in {"", "1.0.0"} else release.version
 
 
+def plain_mirror(snapshot: Snapshot, device: DeviceFacts) -> str:
+    return next((each.address for each in snapshot.mirrors.every if fits(each.selector, device)), "")
+
+
 def told(assignment: Assignment) -> Told:
     return assignment.release.version if assignment.release else None, assignment.rollout, assignment.stop
 
@@ -133,6 +141,8 @@ def test_desired_is_what_asking_each_rollout_in_turn_says(snapshot: Snapshot, de
     assert {model: told(answer) for model, answer in answers.items()} == {
         model: plainly(snapshot, device, model) for model in device.models
     }
+    mirror = plain_mirror(snapshot, device)
+    assert all(answer.mirror == (mirror if answer.release else "") for answer in answers.values())
 
 
 @given(snapshot=snapshots, device=devices, others=st.lists(devices, max_size=5))
