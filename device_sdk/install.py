@@ -100,7 +100,7 @@ class UnmetError(Exception):
     """A condition ceased to hold in the middle of a download. What has come is kept."""
 
 
-@dataclass
+@dataclass(eq=False, repr=False)  # there is one; comparing and showing it would be compiled at every start
 class Parts:
     """What all installers of a device share."""
 

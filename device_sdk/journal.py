@@ -5,11 +5,11 @@ import logging
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
-from secrets import token_hex
 from threading import RLock
 from typing import Any
 
 from device_sdk.config import read_plainly, write_durably
+from device_sdk.naming import token_hex
 from device_sdk.outbox import Outbox
 from device_sdk.protocol import events, fields
 from device_sdk.protocol.errors import ProtocolError

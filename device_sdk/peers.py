@@ -18,10 +18,10 @@ from collections import deque
 from collections.abc import Mapping
 from dataclasses import asdict, field
 from pathlib import Path
-from secrets import token_hex
 
 from device_sdk.config import read_plainly
 from device_sdk.counts import Counts, added
+from device_sdk.naming import token_hex
 from device_sdk.protocol import fields, limits
 from device_sdk.protocol.errors import ProtocolError
 from device_sdk.protocol.frozen import frozen

@@ -10,7 +10,6 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from secrets import token_hex
 from typing import Any, Protocol
 from weakref import WeakKeyDictionary
 
@@ -19,6 +18,7 @@ import numpy as np
 from device_sdk.counts import Counts, detail
 from device_sdk.errors import HeldError, ModelStoppedError, NoModelError, QueueFullError
 from device_sdk.ledger import Done
+from device_sdk.naming import token_hex
 from device_sdk.protocol.names import ReleasePath
 from device_sdk.protocol.scores import Scores
 from device_sdk.schema import Schema

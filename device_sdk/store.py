@@ -24,12 +24,12 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from io import FileIO
 from pathlib import Path
-from secrets import token_hex
 from threading import RLock, Thread
 from typing import Self
 
 from device_sdk.errors import ModelError, StorageError, UntrustedError
 from device_sdk.hashed import Hashed
+from device_sdk.naming import token_hex
 from device_sdk.protocol import fields, limits
 from device_sdk.protocol.errors import ProtocolError
 from device_sdk.protocol.frozen import frozen

@@ -121,6 +121,8 @@ class Requirements:
 
 @frozen
 class Manifest:
+    """What CI signs of a variant: its files, what they take and give, and what they need of a device."""
+
     path: ReleasePath
     files: tuple[FileEntry, ...]
     entry: str

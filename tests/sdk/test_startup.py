@@ -37,19 +37,19 @@ LOADED = {
     "device_sdk", "device_sdk.assembly", "device_sdk.binding", "device_sdk.client", "device_sdk.comparison",
     "device_sdk.config", "device_sdk.counts", "device_sdk.deferred", "device_sdk.errors", "device_sdk.following",
     "device_sdk.hashed", "device_sdk.holds", "device_sdk.hooks", "device_sdk.install", "device_sdk.journal",
-    "device_sdk.ledger",
-    "device_sdk.locking", "device_sdk.looking", "device_sdk.model", "device_sdk.options", "device_sdk.outbox",
-    "device_sdk.peers", "device_sdk.probes", "device_sdk.protocol", "device_sdk.protocol.assignment",
-    "device_sdk.protocol.cohorts", "device_sdk.protocol.errors", "device_sdk.protocol.events",
-    "device_sdk.protocol.fields", "device_sdk.protocol.frozen", "device_sdk.protocol.limits",
-    "device_sdk.protocol.manifest", "device_sdk.protocol.names", "device_sdk.protocol.scores",
-    "device_sdk.protocol.versions", "device_sdk.room", "device_sdk.runtime", "device_sdk.sampling",
-    "device_sdk.schema", "device_sdk.scoring", "device_sdk.slot", "device_sdk.standing", "device_sdk.stats",
-    "device_sdk.store", "device_sdk.traffic", "device_sdk.updater",
+    "device_sdk.ledger", "device_sdk.locking", "device_sdk.looking", "device_sdk.model", "device_sdk.naming",
+    "device_sdk.options", "device_sdk.outbox", "device_sdk.peers", "device_sdk.probes", "device_sdk.protocol",
+    "device_sdk.protocol.assignment", "device_sdk.protocol.cohorts", "device_sdk.protocol.errors",
+    "device_sdk.protocol.events", "device_sdk.protocol.fields", "device_sdk.protocol.frozen",
+    "device_sdk.protocol.limits", "device_sdk.protocol.manifest", "device_sdk.protocol.names",
+    "device_sdk.protocol.scores", "device_sdk.protocol.versions", "device_sdk.room", "device_sdk.runtime",
+    "device_sdk.sampling", "device_sdk.schema", "device_sdk.scoring", "device_sdk.slot", "device_sdk.standing",
+    "device_sdk.stats", "device_sdk.store", "device_sdk.traffic", "device_sdk.updater",
 }  # fmt: skip
 HEAVY = {
-    "asyncio", "concurrent", "cryptography", "decimal", "email", "http", "multiprocessing", "requests",
-    "securesystemslib", "socket", "ssl", "statistics", "subprocess", "tempfile", "tuf", "urllib3", "zipfile",
+    "asyncio", "base64", "bz2", "concurrent", "cryptography", "decimal", "email", "hmac", "http", "lzma",
+    "multiprocessing", "requests", "secrets", "securesystemslib", "shutil", "socket", "ssl", "statistics", "subprocess",
+    "tempfile", "tuf", "urllib3", "zipfile",
 }  # fmt: skip
 
 
