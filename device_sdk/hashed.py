@@ -51,6 +51,7 @@ class Hashed:
         with contextlib.suppress(OSError):
             self._ops.unlink(temporary)  # a planted link must not be what gets written through
             self._ops.write(temporary, json.dumps(known).encode())
+            self._ops.unlink(self._path)  # what replaces a file is written out by ext4 at once; this may be lost
             self._ops.rename(temporary, self._path)
 
     def _all(self) -> dict[str, Identity]:

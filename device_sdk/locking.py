@@ -8,6 +8,8 @@ from pathlib import Path
 
 from device_sdk.errors import SetupError
 
+_LENGTH = 32
+
 
 class Lock:
     """Who updates a directory. Held by an open file: it ends with the process, however that ends."""
@@ -26,9 +28,12 @@ class Lock:
         except OSError:
             os.close(descriptor)
             return None
-        if stat.S_ISREG(os.fstat(descriptor).st_mode):
-            os.truncate(descriptor, 0)
-            os.write(descriptor, json.dumps({"pid": os.getpid()}).encode())
+        status = os.fstat(descriptor)
+        if stat.S_ISREG(status.st_mode):
+            if status.st_size > _LENGTH:
+                os.truncate(descriptor, 0)
+            # Always as long: to cut a file off takes ext4 up to 4 ms, at each start of the program.
+            os.pwrite(descriptor, json.dumps({"pid": os.getpid()}).ljust(_LENGTH).encode(), 0)
         return cls(descriptor)
 
     def release(self) -> None:

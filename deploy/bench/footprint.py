@@ -39,7 +39,7 @@ _TRUST = "import device_sdk.trust, device_sdk.transport, device_sdk.store, devic
 NOTES = (
     "Before onnxruntime, which imports numpy too. tuf, urllib3 and cryptography alone, the bar's own parts, are the",
     "baseline of the row on trust; requests comes on top of urllib3 because the device's HTTP is to be requests.",
-    "As on a device: without boto3, which tuf's signers import where it is installed, at 8 MB.",
+    "As on a device: without boto3, which tuf's signers import where it is installed, at 9 MB.",
 )
 _BARE = """
 import numpy, onnxruntime
