@@ -120,7 +120,7 @@ def changes(shape: Shape, steps: int, told: list[str]) -> Iterator[Change]:
         f"so that its steps were coarser; with steps {COARSER} times as coarse zstd leaves as much here: the next row."
     )
     coarse = [to_onnx(quantised(weights, coarser=COARSER), shape) for weights in (base, tuned)]
-    yield Change(f"int8 in coarser steps, {steps} AdamW steps", *coarse)
+    yield Change(f"int8 in coarser steps, {steps} AdamW steps", *coarse, 4)
     yield Change("float32 to int8 of the same weights", old, eights[0], 0.5)
     yield Change("float32 to float16 of the same weights", old, halves[0])
     again = adamw(start, shape, steps=steps // 5 + 1, seed=6, rate=1e-3)[0]
