@@ -26,7 +26,7 @@ from device_sdk.stats import Stats
 
 log = logging.getLogger("device_sdk")
 
-CHECK_EVERY = 32  # a committed release has one call in so many timed, and its outputs looked at; a power of two
+CHECK_EVERY = 64  # a committed release has one call in so many timed, and its outputs looked at; a power of two
 
 Array = np.ndarray[Any, Any]
 Tensors = Mapping[str, Array]

@@ -15,6 +15,7 @@ from device_sdk.slot import CHECK_EVERY, Loaded, Sampler, Slot
 from device_sdk.spool import Spool
 
 RATE = 0.01
+SET_AT = 4.2  # us of the raw call where the bars were set; clocks differ, and one machine's from hour to hour
 LIMITS = {"committed": 0.5, "committed, sampling 1 %": 2.0}
 RAW = "session.run"
 
@@ -34,15 +35,16 @@ def measure(folder: Path, scale: Scale) -> Section:
     raw = spent.pop(RAW)
     return Section("model.run() over session.run", [_row(name, us, raw) for name, us in spent.items()], [
         "CPU of the calling thread, on a model of four multiplications: the worst case for a wrapper.",
-        "Committed: one call in 32 is timed and its outputs looked at. Probation: every call is.",
+        f"Committed: one call in {CHECK_EVERY} is timed and its outputs looked at. Probation: every call is.",
         "Sampling: what the caller pays for the copy; the spool writes on a thread of its own.",
     ])  # fmt: skip
 
 
 def _row(name: str, spent: float, raw: float) -> Row:
     limit = LIMITS.get(name)
-    bar = f"<= {limit:g} us added" if limit else ""
-    return Row(name, spent, "us", raw, RAW, bar, spent - raw <= limit if limit else None, difference=True)
+    bar = f"<= {limit:g} us added to {SET_AT:g}" if limit else ""
+    met = (spent - raw) / raw <= limit / SET_AT if limit else None
+    return Row(name, spent, "us", raw, RAW, bar, met, difference=True)
 
 
 def _load() -> Loaded:
