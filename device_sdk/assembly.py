@@ -85,12 +85,17 @@ def make_parts(
         traffic=traffic,
         ledger=Ledger(home.ledger_file),
         options=RuntimeOptions(options.intra_op_threads, options.providers, options.session_options),
-        rehearsal=Rules(options.rehearsal_bytes, options.rehearsal_seconds) if options.rehearse else None,
+        rehearsal=_rehearsal(options),
         hash_first=options.hash_first,
         swap=Swap(options.swap, options.held_calls, options.held_seconds),
         clock=options.clock,
         **links,
     )
+
+
+def _rehearsal(options: Options) -> Rules | None:
+    rules = Rules(options.rehearsal_bytes, options.rehearsal_seconds, options.rehearsal_nice)
+    return rules if options.rehearse else None
 
 
 def upload_traffic(home: Home, options: Options) -> Traffic:

@@ -675,9 +675,12 @@ class Installer:
             if self.progress.tests > MAX_TESTS:
                 raise ModelError("its test took the process down", code=Why.CRASHED_IN_TEST)
             bundle = testing.bundle_of(self._store, files.manifest)
+            rules = self._parts.rehearsal
+            if rules and self.slot.current is None:
+                rules = replace(rules, nice=0)  # there are no calls to give way to
             self._make_room(files.manifest)
             loaded, self._found = testing.test(
-                files, bundle, rules=self._parts.rehearsal, options=self._parts.options, go_on=self._go_on,
+                files, bundle, rules=rules, options=self._parts.options, go_on=self._go_on,
                 make=lambda exam: self._make(sha, files, exam),
             )  # fmt: skip
             return loaded

@@ -21,7 +21,7 @@ class Options:
     write, and a sample for which it raises is lost. `session_options` makes an onnxruntime.SessionOptions per session.
     `stall_seconds`: a download that brings less than 1 KiB a second over so long is broken off, and resumed later.
     `rehearse`: a new release is loaded first in a process of its own, which takes about 50 MB more for a moment, under
-    `rehearsal_bytes` (0: by its manifest) and `rehearsal_seconds`.
+    `rehearsal_bytes` (0: by its manifest) and `rehearsal_seconds`. `rehearsal_nice`: by how much it gives way to calls.
     `hash_first`: at a start, hash files before they serve, also those that are as they were when they were last hashed.
     `probes`: what the host is like, by name (`unmetered`, `charging`, `idle`: true or false; `free_disk`,
     `free_memory`: bytes), for rollouts that wait for it; the defaults are Linux's, and `unmetered` has none.
@@ -52,6 +52,7 @@ class Options:
     rehearse: bool = True
     rehearsal_bytes: int = 0
     rehearsal_seconds: float = 300.0
+    rehearsal_nice: int = 10
     hash_first: bool = False
     probes: Mapping[str, Probe] = field(default_factory=dict)
     max_bytes_per_second: int = 0

@@ -42,7 +42,6 @@ CRASHED_IN_TEST = "crashed_in_test"
 START_SECONDS = 120.0  # until the child has imported onnxruntime, on the slowest of devices
 CHANGED = "hash_mismatch"
 _LOOK_SECONDS = 0.2
-_NICE = 10  # of the child, which nobody waits for: where calls want every core, it gets a tenth of one
 _READY = b"ready\n"
 _ANSWER = 4_096
 
@@ -71,7 +70,7 @@ def rehearse(
     allowance, free = rules.allowance(files.manifest, budget), free_memory()
     memory = allowance if free is None else min(allowance, free * 9 // 10)
     started = time.monotonic()
-    with _child(_job(files, options, memory, rules.seconds), files.directory) as child:
+    with _child(_job(files, options, memory, rules.seconds), files.directory, rules.nice) as child:
         said = _listen(child, rules.seconds, go_on)
         status = child.wait()
     try:
@@ -128,8 +127,11 @@ def _job(files: LoadedFiles, options: RuntimeOptions, memory: int, seconds: floa
 
 
 @contextlib.contextmanager
-def _child(job: str, directory: Path) -> Iterator[subprocess.Popen[bytes]]:
-    """Start it, and see to its end whatever happens. It finds the modules that this process finds."""
+def _child(job: str, directory: Path, nice: int) -> Iterator[subprocess.Popen[bytes]]:
+    """Start it, and see to its end whatever happens. It finds the modules that this process finds.
+
+    Nobody waits for it. At `nice` 10 it gets a tenth of a core where calls want them all, and these feel little of it.
+    """
     command = [sys.executable, "-P", "-m", "device_sdk.rehearsal", job]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(str(Path(path).absolute()) for path in sys.path)}
     try:
@@ -140,7 +142,7 @@ def _child(job: str, directory: Path) -> Iterator[subprocess.Popen[bytes]]:
     except OSError as error:
         raise RehearsalError(f"the test's process does not start: {error.strerror}") from error
     with contextlib.suppress(OSError):  # it may be gone already
-        os.setpriority(os.PRIO_PROCESS, child.pid, os.getpriority(os.PRIO_PROCESS, 0) + _NICE)
+        os.setpriority(os.PRIO_PROCESS, child.pid, os.getpriority(os.PRIO_PROCESS, 0) + nice)
     try:
         yield child
     finally:

@@ -15,10 +15,13 @@ _MARGIN = 64 * limits.MIB  # that `auto` leaves to the rest of the device
 
 @frozen
 class Rules:
-    """`memory` in bytes beyond an empty interpreter, 0: by the manifest. `seconds`: for loading and for all calls."""
+    """`memory` in bytes beyond an empty interpreter, 0: by the manifest. `seconds`: for loading and for all calls.
+    `nice`: by how much its process gives way to this one, as `nice` counts.
+    """
 
     memory: int = 0
     seconds: float = 300.0
+    nice: int = 10
 
     def allowance(self, manifest: Manifest, budget: int = 0) -> int:
         """`budget`: what its acceptance bundle grants, in bytes; it is measured, and this leaves room to measure."""

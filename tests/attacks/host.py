@@ -35,7 +35,7 @@ class Host:
         many = chosen.pop("frames", 0)
         self.frames = np.random.default_rng(1).normal(size=(many, 1, 4)) if many else np.ones((1, 1, 4))
         # The server tells the real interval with its first answer.
-        self.fleet = Fleet.open(home, poll_seconds=1.0, clock=clock, intra_op_threads=1, **chosen)
+        self.fleet = Fleet.open(home, poll_seconds=1.0, clock=clock, intra_op_threads=1, rehearsal_nice=0, **chosen)
         self.model = self.fleet.model(model)
         self.calls = 0
         self.failures: list[str] = []

@@ -155,7 +155,7 @@ class FarDevice:
 
     def visit(self) -> float:
         """Come online, take what is there and prove it. What the model answers then."""
-        with Fleet.open(self.home) as fleet:
+        with Fleet.open(self.home, rehearsal_nice=0) as fleet:
             fleet.update_once()
             model = fleet.model(self.shop.model)
             for _ in range(6):  # probation asks for five calls

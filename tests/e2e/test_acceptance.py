@@ -31,7 +31,7 @@ def publish_and_roll_out(shop, version, factor, *options):
 def test_a_device_takes_what_holds_and_refuses_what_does_not_and_the_operator_reads_why(shop):
     release, _ = publish_and_roll_out(shop, "1.0.0", 2.0, "--max-latency-ms", "1000", "--max-memory-mb", "300")
     home = shop.enrol("examined")
-    with Fleet.open(home) as fleet:
+    with Fleet.open(home, rehearsal_nice=0) as fleet:
         fleet.update_once()
         assert answer(fleet, shop.model) == 2.0
         fleet.update_once()

@@ -89,6 +89,15 @@ def test_too_little_free_memory_is_the_devices_fault_and_no_verdict(store, monke
     assert caught.value.code == "memory"
 
 
+def test_its_process_gives_way_to_this_one(store, monkeypatch):
+    given = []
+    monkeypatch.setattr(os, "setpriority", lambda _which, _pid, value: given.append(value))
+    own = os.getpriority(os.PRIO_PROCESS, 0)
+    rehearsed(store, scaling(1))
+    rehearsed(store, scaling(1), rules=Rules(RULES.memory, RULES.seconds, nice=0))
+    assert given == [own + 10, own]
+
+
 def test_an_interpreter_that_does_not_start_is_no_verdict_either(store, monkeypatch):
     monkeypatch.setattr(sys, "executable", "/nonexistent")
     with pytest.raises(RehearsalError):
