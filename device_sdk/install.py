@@ -200,15 +200,14 @@ class Installer:
 
     def _hash_late(self) -> None:
         """What the start has put off. Where the disk gave something else, what went before serves, and calls wait."""
-        sha, self._unhashed = self._unhashed, None
-        if sha is None:
-            return
-        try:
-            self._store.verify(sha)
-        except UntrustedError:
-            self._replace_damaged()
-        except StorageError as error:
-            log.warning("%s: %s is not hashed: %s", self.model, sha, error)
+        while sha := self._unhashed:  # what takes a damaged one's place may have been put off, too
+            self._unhashed = None
+            try:
+                self._store.verify(sha)
+            except UntrustedError:
+                self._replace_damaged()
+            except StorageError as error:
+                log.warning("%s: %s is not hashed: %s", self.model, sha, error)
 
     def _replace_damaged(self) -> None:
         self.slot.unload(self._gate(), timeout=RETIRE_SECONDS)

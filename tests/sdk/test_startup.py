@@ -316,6 +316,25 @@ def test_the_only_release_rotted_and_serves_no_more_until_it_is_fetched_again(wo
         assert said(fleet) == pytest.approx(18.0)
 
 
+def test_nothing_that_rotted_takes_the_place_of_what_rotted(world, tmp_path):
+    blobs = []
+    for path, factor in ((OLD, 2.0), (NEW, 3.0)):
+        files = publish_external(world, path, factor, tmp_path / str(factor))
+        with world.open() as fleet:
+            fleet.update_once()
+            prove(fleet)
+        blobs.append((files[1], world.path / "store" / "blobs" / files[1].sha256))
+    for file, _ in blobs:
+        rot(world, file)
+    with world.open() as fleet:
+        model = fleet.model("detector")
+        world.server.simulator.blobs.clear()
+        fleet._worker.install()
+        assert [blob.exists() for _, blob in blobs] == [False, False]
+        with pytest.raises(NoModelError):
+            model.run(X)
+
+
 def test_a_model_that_rotted_so_that_it_does_not_load_is_found_out_at_the_start(world):
     with world.committed(OLD, scaling(1)) as fleet:
         world.server.assign(world.server.publish(NEW, scaling(3)))

@@ -219,6 +219,22 @@ def test_a_blob_changed_between_starts_is_noticed_by_the_next_start(home, store)
     assert Store(home).current("detector") == OLD_SHA
 
 
+@pytest.mark.parametrize("written", [False, True])
+def test_a_file_that_is_written_to_after_it_was_hashed_is_hashed_again(home, store, written):
+    install(store, OLD, OLD_BLOBS)
+    blob = home / "blobs" / OLD.files[0].sha256
+    with store.open(OLD_SHA) as files:  # as the bytes that were hashed: the file is looked at no more
+        if written:
+            blob.write_bytes(b"x" * blob.stat().st_size)
+    store.remember_hashed(files)
+    if not written:
+        with Store(home).open(OLD_SHA, unchanged=True) as files:
+            assert files.unhashed
+        return
+    with pytest.raises(UntrustedError, match="the disk gave"):
+        Store(home).open(OLD_SHA, unchanged=True)
+
+
 @pytest.mark.parametrize("where", ["blobs", "incoming", "manifests"])
 def test_a_planted_link_is_not_followed(home, store, tmp_path, where):
     target = tmp_path / "outside"
